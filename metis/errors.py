@@ -1,0 +1,56 @@
+"""Exceptions for users. Each message is one sentence: where, what must hold, what was received, what to do.
+
+Internal invariants use `assert`; these classes are for mistakes that a user can make and mend. Entry scripts turn
+them into the single line `error: <where>: <message>` and exit status 2, without a traceback (`report_and_exit`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+USER_ERROR_EXIT_STATUS = 2
+
+
+class MetisError(Exception):
+    """Base of all errors that are meant for users.
+
+    `where` names the place (an option, a file, a module path), `message` says what must hold, what was received and
+    what to do about it.
+    """
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}")
+        self.where = where
+        self.message = message
+
+
+class ConfigError(MetisError, ValueError):
+    """A setting, file or combination of settings that cannot work."""
+
+
+class ShapeError(MetisError, ValueError):
+    """A tensor whose shape or dtype the operation cannot take."""
+
+
+class CheckpointError(MetisError, RuntimeError):
+    """A checkpoint that is missing, damaged, or belongs to another run."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def report_and_exit(error: MetisError) -> NoReturn:
+    """Print `error: <where>: <message>` once per node and leave with status 2 on every rank.
+
+    Checks run identically on every rank, so only local rank 0 prints; the others leave silently with the same status.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(USER_ERROR_EXIT_STATUS)
