@@ -1,7 +1,7 @@
 """What a recipe is made of: frozen dataclasses, one per concern, validated when they are built.
 
-A recipe says *how* one linear layer computes its three GEMMs. Its heart is the six-cell table: each GEMM has a left
-and a right operand, and each of these six operands has one cell that is read in exactly one place
+A recipe says *how* one linear layer computes its three GEMMs. Its heart is the six-cell table: each GEMM has
+a left and a right operand, and each of these six operands has one cell that is read in exactly one place
 (`metis/operand.py`). Where a recipe applies is the business of a policy (`metis/policy.py`).
 
     | GEMM  | left                                  | right                              | result |
@@ -9,9 +9,9 @@ and a right operand, and each of these six operands has one cell that is read in
     | dgrad | dgrad_grad_output  g_MN, blocks on N  | dgrad_weight  w_NK, blocks on N    | dx_MK  |
     | wgrad | wgrad_grad_output  g_MN, blocks on M  | wgrad_input   x_MK, blocks on M    | dw_NK  |
 
-Absence of a feature is absence of its sub-config: a cell without `quantizer` stays in the compute dtype, a cell
-without `split` has no head, a recipe without `basis` keeps no state. This file imports neither torch nor megatron, so
-that a wrong recipe is refused before anything slow is loaded.
+Absence of a feature is absence of its sub-config: a cell without `quantizer` stays in the compute dtype, a
+cell without `split` has no head, a recipe without `basis` keeps no state. This file imports neither torch
+nor megatron, so that a wrong recipe is refused before anything slow is loaded.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class QuantizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """The number of directions in a head: `fixed`, or `fraction` of the basis's own dimension within limits."""
+    """The number of directions in a head: `fixed`, or `fraction` of the basis's own dimension within
+    limits.
+    """
 
     fixed: int | None = field(
         default=None, metadata={"doc": "columns of the head; none: derived from fraction"}
@@ -113,7 +115,9 @@ class RankConfig:
         )
 
     def columns(self, dimension: int) -> int:
-        """Return min(dimension, fixed or clamp(ceil(fraction * dimension / multiple) * multiple, minimum, maximum))."""
+        """Return min(dimension, fixed or clamp(ceil(fraction * dimension / multiple) * multiple, minimum,
+        maximum)).
+        """
         if self.fixed is not None:
             return min(self.fixed, dimension)
         wanted = -(-int(-(-(dimension * self.fraction) // 1)) // self.multiple) * self.multiple
@@ -122,7 +126,9 @@ class RankConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
-    """The spectral split of one operand: x = P V^T + R, head P V^T in high precision, residual R quantised."""
+    """The spectral split of one operand: x = P V^T + R, head P V^T in high precision, residual R
+    quantised.
+    """
 
     rank: RankConfig = field(
         default_factory=RankConfig, metadata={"doc": "how many directions the head holds"}
@@ -130,8 +136,8 @@ class SplitConfig:
     head_format: Literal["bf16", "literal"] = field(
         default="bf16",
         metadata={
-            "doc": "bf16: P and V rounded once, residual against the rounded ones. literal: both factors in NVFP4 and "
-            "the residual against the exact head, as the paper's equation reads; only for reproducing the "
+            "doc": "bf16: P and V rounded once, residual against the rounded ones. literal: both factors in NVFP4, "
+            "residual against the exact head, as the paper's equation reads; only for reproducing the "
             "paper"
         },
     )
@@ -154,7 +160,9 @@ class CellConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasisConfig:
-    """How the bases of all splits of a recipe are kept: sampled, projected, warm, strided (arXiv 2509.00404 v4)."""
+    """How the bases of all splits of a recipe are kept: sampled, projected, warm, strided (arXiv 2509.00404
+    v4).
+    """
 
     refresh_interval_steps: int = field(
         default=8,
@@ -202,7 +210,9 @@ class BasisConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReparametrisationConfig:
-    """Weights as W = U S V^T + W_R with all four trained; made once by SVD, never split again (arXiv 2509.00404)."""
+    """Weights as W = U S V^T + W_R with all four trained; made once by SVD, never split again (arXiv
+    2509.00404).
+    """
 
     rank: RankConfig = field(
         default_factory=RankConfig, metadata={"doc": "columns of U and V; the dimension is K"}
@@ -253,7 +263,7 @@ class Recipe:
     amax_scope: Literal["global", "te"] = field(
         default="global",
         metadata={
-            "doc": "global: tensor amax reduced over all ranks that shard the tensor, so codes do not depend on the "
+            "doc": "global: tensor amax reduced over all ranks that shard the tensor, codes do not depend on the "
             "layout; te: Transformer Engine's choice, rank-local for weights and feature-sharded operands"
         },
     )
@@ -367,7 +377,8 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, where: str) -> T:
-    """Build dataclass `cls` from nested plain data; an unknown key is an error that names the nearest known one.
+    """Build dataclass `cls` from nested plain data; an unknown key is an error that names the nearest known
+    one.
 
     Raises ConfigError with `where` extended by the path of the offending key.
     """

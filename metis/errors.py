@@ -1,7 +1,8 @@
 """Exceptions for users. Each message is one sentence: where, what must hold, what was received, what to do.
 
-Internal invariants use `assert`; these classes are for mistakes that a user can make and mend. Entry scripts turn
-them into the single line `error: <where>: <message>` and exit status 2, without a traceback (`report_and_exit`).
+Internal invariants use `assert`; these classes are for mistakes that a user can make and mend. Entry scripts
+turn them into the single line `error: <where>: <message>` and exit status 2, without a traceback
+(`report_and_exit`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ USER_ERROR_EXIT_STATUS = 2
 class MetisError(Exception):
     """Base of all errors that are meant for users.
 
-    `where` names the place (an option, a file, a module path), `message` says what must hold, what was received and
-    what to do about it.
+    `where` names the place (an option, a file, a module path), `message` says what must hold, what was
+    received and what to do about it.
     """
 
     def __init__(self, where: str, message: str) -> None:
@@ -49,7 +50,8 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 def report_and_exit(error: MetisError) -> NoReturn:
     """Print `error: <where>: <message>` once per node and leave with status 2 on every rank.
 
-    Checks run identically on every rank, so only local rank 0 prints; the others leave silently with the same status.
+    Checks run identically on every rank, so only local rank 0 prints; the others leave silently with the
+    same status.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,8 +1,10 @@
-"""Where a recipe applies: ordered globs over the paths of the linear layers; first match wins, every rule must match.
+"""Where a recipe applies: ordered globs over the paths of the linear layers; first match wins, every rule
+must match.
 
 A path is `decoder.layers.<global layer index>.<self_attention.linear_qkv | self_attention.linear_proj |
-mlp.linear_fc1 | mlp.linear_fc2>`. A rule names `run` (the run's own recipe), or another recipe by name or file. The
-default policy, the same for every FP4 recipe, keeps the last round(0.125 L) blocks, at least one, in bf16 (arXiv
+mlp.linear_fc1 | mlp.linear_fc2>`. A rule names `run` (the run's own recipe), or another recipe by name or
+file. The default policy, the same for every FP4 recipe, keeps the last round(0.125 L) blocks, at least one,
+in bf16 (arXiv
 2509.25149 section 4 keeps about 15 % of the linears, mostly at the end). A policy file is YAML or JSON:
 
     rules:
@@ -38,7 +40,9 @@ class PolicyRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """An ordered list of rules. A path that no rule matches is an error, and so is a rule that matches nothing."""
+    """An ordered list of rules. A path that no rule matches is an error, and so is a rule that matches
+    nothing.
+    """
 
     rules: tuple[PolicyRule, ...]
 
@@ -105,7 +109,8 @@ def edges_in_bf16(num_layers: int, num_at_start: int, num_at_end: int) -> Policy
 def resolve_policy(
     spec: str | None, num_layers: int, num_start_bf16: int | None, num_end_bf16: int | None
 ) -> Policy:
-    """Return the policy asked for: `spec` (None: default, 'all': every linear, else a file) or the two edge counts.
+    """Return the policy asked for: `spec` (None: default, 'all': every linear, else a file) or the two edge
+    counts.
 
     Raises ConfigError for a conflict, a wrong file, or rules that do not fit a model of `num_layers` blocks.
     """

@@ -1,8 +1,8 @@
 """Named recipes as values, and how a recipe is found by name or read from a file.
 
-Sources: NVIDIA's NVFP4 pretraining recipe (arXiv 2509.25149 section 4 and Transformer Engine's NVFP4BlockScaling);
-Metis (arXiv 2509.00404 v4). A recipe file is YAML or JSON; `base: NAME` starts from a named recipe, every other key
-overrides it, `null` removes a section:
+Sources: NVIDIA's NVFP4 pretraining recipe (arXiv 2509.25149 section 4 and Transformer Engine's
+NVFP4BlockScaling); Metis (arXiv 2509.00404 v4). A recipe file is YAML or JSON; `base: NAME` starts from a
+named recipe, every other key overrides it, `null` removes a section:
 
     base: metis
     name: metis_rank32
@@ -98,7 +98,8 @@ RECIPES: Mapping[str, Recipe] = {
 def resolve_recipe(spec: str) -> Recipe:
     """Return the recipe called `spec`, or the one in the YAML or JSON file `spec`.
 
-    Raises ConfigError for an unknown name (with the nearest known one), an unreadable file or a wrong setting.
+    Raises ConfigError for an unknown name (with the nearest known one), an unreadable file or a wrong
+    setting.
     """
     if spec in RECIPES:
         return RECIPES[spec]
@@ -123,7 +124,9 @@ def resolve_recipe(spec: str) -> Recipe:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as nested plain values, as it is printed, saved in checkpoints and compared on resume."""
+    """Return the recipe as nested plain values, as it is printed, saved in checkpoints and compared on
+    resume.
+    """
     return to_dict(recipe)
 
 

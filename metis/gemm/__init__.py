@@ -1,0 +1,28 @@
+"""GEMM backends behind one protocol.
+
+A backend multiplies two quantised operands that are both blocked along the contraction axis and returns the
+accumulator with the tensor scales applied. `emulated` runs anywhere; asking for a backend that this machine
+lacks is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metis.gemm.emulated import EmulatedGemm, product
+from metis.quantize import QuantizedTensor
+
+__all__ = ["EmulatedGemm", "GemmBackend", "product"]
+
+
+class GemmBackend(Protocol):
+    """D = alpha * A B^T with A [M, K] and B [N, K] in NVFP4, alpha applied to the accumulator."""
+
+    name: str
+
+    def multiply(self, a: QuantizedTensor, b: QuantizedTensor, accumulate: torch.dtype) -> Tensor:
+        """Return [M, N] in `accumulate` (fp32, or fp64 in the exact test mode)."""
+        ...
