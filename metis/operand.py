@@ -45,6 +45,7 @@ class Axis:
     runs: tuple[tuple[int, int], ...]
     parts: int = 1
     num_shards: int = 1
+    shard: int = 0
     group: Any = None
 
     @classmethod
@@ -73,6 +74,27 @@ class Axis:
         pieces = [torch.empty_like(value) for _ in range(self.num_shards)]
         dist.all_gather(pieces, value.contiguous(), group=self.group)
         return pieces
+
+    def gather_rows(self, value: Tensor) -> Tensor:
+        """Return [size, ...] from every rank's [local_size, ...], parts kept together: the order of one
+        rank.
+        """
+        if not self.is_sharded:
+            return value
+        pieces = [piece.unflatten(0, (self.parts, -1)) for piece in self.gather(value)]
+        return torch.cat(pieces, dim=1).flatten(0, 1)
+
+    def local_rows(self, value: Tensor) -> Tensor:
+        """Return this rank's [local_size, ...] of a whole [size, ...]; inverse of `gather_rows`."""
+        if not self.is_sharded:
+            return value
+        return value.unflatten(0, (self.parts, self.num_shards, -1))[:, self.shard].flatten(0, 1).contiguous()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over all pieces, in place on sharded axes."""
+        if self.is_sharded:
+            dist.all_reduce(value, group=self.group)
+        return value
 
     def reduce_max(self, value: Tensor) -> Tensor:
         """Return the maximum over all pieces; NaN on any rank gives NaN (a library's MAX may drop it)."""

@@ -1,0 +1,44 @@
+"""Where in training a forward pass is: the one piece of context that layers need and the engine does not
+hand them.
+
+The engine's own microbatch counter is rank-local and has moved on by backward. The clock holds the logical
+position
+instead: the optimizer step, and the microbatch as first consumed sample // micro_batch_size, which is the
+same for any data-parallel layout. The microbatch lives in a ContextVar, so that a recomputation that runs in
+the context of its forward (as the engine is made to do) sees the forward's microbatch; backward uses what
+forward captured.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+from metis.rng import NoisePosition
+
+
+class TrainingClock:
+    """Position in training, shared by all layers of a run; owned and advanced by the training loop.
+
+    seed: of all counter-based randomness. step: optimizer step, from 0. num_tokens_per_step: tokens of the
+    whole global batch of this step, which decides how densely rows are sampled.
+    """
+
+    def __init__(self, seed: int = 0, num_tokens_per_step: int = 1) -> None:
+        self.seed = seed
+        self.step = 0
+        self.num_tokens_per_step = num_tokens_per_step
+        self._microbatch: ContextVar[int] = ContextVar("metis_microbatch", default=0)
+
+    def begin_step(self, step: int, num_tokens_per_step: int) -> None:
+        """Enter optimizer step `step`."""
+        self.step = step
+        self.num_tokens_per_step = num_tokens_per_step
+
+    def begin_microbatch(self, microbatch: int) -> None:
+        """Enter the forward pass of logical microbatch `microbatch` of this step."""
+        self._microbatch.set(microbatch)
+
+    @property
+    def position(self) -> NoisePosition:
+        """The position that a forward pass started now belongs to."""
+        return NoisePosition(step=self.step, microbatch=self._microbatch.get())

@@ -1,0 +1,383 @@
+"""The linear layer on one rank, and the state that any linear keeps: its bases.
+
+`LinearCore` is what `MetisLinear` (torch only) and the parallel linears of megatron-core share: recipe,
+feature axes, bases, and the way from a 2-D input to an output. A basis is remembered as named tensors (v, z,
+gram, counters) that are saved in checkpoints and never cast with the model's parameters: z must stay float64.
+
+Timing: sketches are taken in backward of the steps that want them, summed over microbatches, and
+`advance_bases` turns them into new bases after the optimizer step. So the basis used in step t was fixed
+before step t began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from metis.clock import TrainingClock
+from metis.config import BasisConfig, Recipe
+from metis.decompose import basis as algebra
+from metis.errors import ShapeError
+from metis.functional import LinearPlan, quantized_linear
+from metis.operand import Axis, coefficients
+from metis.rng import NoisePosition, stream_key
+
+OPERANDS = ("input", "weight", "grad_output")
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Sketch of the running step on this rank, summed over its microbatches; gone after the step."""
+
+    z: Tensor
+    gram: Tensor
+    row_count: int
+
+
+class OperandBasis(nn.Module):
+    """One basis of one linear: V and the sketch for the next V, for the features this rank holds.
+
+    layer, operand: names that key its random numbers. features: the axis it lives on. Saved: v [K_local, q]
+    bf16, z [K_local, q] float64, gram [q, q] float64, counters [5] int64. Rebuilt: nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: str,
+        operand: str,
+        features: Axis,
+        rank: int,
+        config: BasisConfig,
+        seed: int,
+        device: Any = "cpu",
+    ) -> None:
+        super().__init__()
+        self.layer, self.operand, self.features, self.config, self.seed = (
+            layer,
+            operand,
+            features,
+            config,
+            seed,
+        )
+        whole = algebra.empty_state(
+            self._key("directions"), features.size, rank, config.oversample, device=torch.device(device)
+        )
+        self.state = replace(whole, v=features.local_rows(whole.v), z=features.local_rows(whole.z))
+        self._pending: _Pending | None = None
+
+    def _key(self, purpose: str) -> tuple[int, int]:
+        return stream_key(self.seed, self.layer, self.operand, purpose)
+
+    @property
+    def active(self) -> Tensor | None:
+        """The basis in use, [K_local, r] bf16, or None before the first refresh."""
+        return algebra.active_basis(self.state)
+
+    def wants_sketch(self, step: int) -> bool:
+        """Whether backward of optimizer step `step` must sketch."""
+        return algebra.wants_sketch(self.state, step, self.config.refresh_interval_steps)
+
+    @torch.no_grad()
+    def sketch_tokens(self, x: Tensor, tokens: Axis, position: NoisePosition, num_window_tokens: int) -> None:
+        """Add the sampled rows of one microbatch, x [M_local, K_local], to this step's sketch."""
+        rank, config = self.state.rank, self.config
+        wanted = algebra.num_sampled_rows(
+            num_window_tokens, config.row_sample_fraction, rank, config.oversample
+        )
+        row_amax = self.features.reduce_max(x.detach().abs().amax(dim=1).to(torch.float32))
+        rows = tokens.indices(x.device)
+        mask = algebra.sample_rows(
+            self._key("sample"),
+            position,
+            torch.cat(tokens.gather(rows)),
+            torch.cat(tokens.gather(row_amax)),
+            probability=algebra.sample_probability(wanted, num_window_tokens),
+            num_pinned_rows=config.num_pinned_rows,
+        )
+        mine = mask.chunk(tokens.num_shards)[tokens.shard]
+        self._add(x[mine], int(mine.sum()))
+
+    @torch.no_grad()
+    def sketch_weight(self, weight: Tensor, rows: Axis) -> None:
+        """Sketch all rows of w [N_local, K_local]; sums over ranks that hold other rows are formed here."""
+        self._add(weight.to(torch.float32), weight.shape[0])
+        assert self._pending is not None
+        rows.sum(self._pending.z)
+        rows.sum(self._pending.gram)
+
+    def _add(self, x: Tensor, count: int) -> None:
+        directions = algebra.sketch_directions(self.state)
+        b = coefficients(x, directions, self.features, self.config.num_canonical_chunks)
+        z, gram = algebra.sketch(x, b)
+        if self._pending is None:
+            self._pending = _Pending(z, gram, count)
+        else:
+            self._pending.z += z
+            self._pending.gram += gram
+            self._pending.row_count += count
+
+    def take_pending(self) -> Tensor | None:
+        """Return this step's sketch as one flat float64 vector to be summed over token shards, and forget
+        it.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        count = torch.tensor([pending.row_count], dtype=torch.float64, device=pending.z.device)
+        return torch.cat([pending.z.flatten(), pending.gram.flatten(), count])
+
+    def absorb(self, summed: Tensor) -> None:
+        """Add a summed sketch (layout of `take_pending`) to the accumulator."""
+        columns = self.state.num_sketch_columns
+        z, gram, count = summed.split([self.features.local_size * columns, columns * columns, 1])
+        self.state = algebra.accumulate(
+            self.state, z.view(-1, columns), gram.view(columns, columns), round(count.item())
+        )
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> None:
+        """Make the next basis if enough rows have been sketched; gathers the feature axis, slices the
+        result.
+        """
+        config = self.config
+        needed = 1 if self.operand == "weight" else algebra.minimum_rows(self.state.rank, config.oversample)
+        if self.state.row_count < needed:
+            return
+        features = self.features
+        whole = replace(
+            self.state, v=features.gather_rows(self.state.v), z=features.gather_rows(self.state.z)
+        )
+        fresh = algebra.refresh(whole, step, refill_key=self._key("refill"), num_rows_needed=needed)
+        self.state = replace(fresh, v=features.local_rows(fresh.v), z=features.local_rows(fresh.z))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state to save: v and z for the local features, gram and counters the same on every
+        shard.
+        """
+        return algebra.state_tensors(self.state)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, value in self.tensors().items():
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        current = self.tensors()
+        missing = [prefix + name for name in current if prefix + name not in state_dict]
+        if missing:
+            missing_keys.extend(missing)
+            return
+        loaded = {
+            name: state_dict[prefix + name].detach().to(value.device) for name, value in current.items()
+        }
+        for name, value in current.items():
+            if loaded[name].shape != value.shape:
+                error_msgs.append(
+                    f"{prefix}{name}: shape {tuple(loaded[name].shape)} is not {tuple(value.shape)}"
+                )
+                return
+        self.state = algebra.state_from_tensors(
+            {name: value.to(current[name].dtype).clone() for name, value in loaded.items()}
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OperandBasis:
+        """Follow the module to another device, but keep every dtype: z stays float64 under `.bfloat16()`."""
+        device = fn(torch.empty(0, device=self.state.v.device)).device
+        state = self.state
+        self.state = replace(state, v=state.v.to(device), z=state.z.to(device), gram=state.gram.to(device))
+        return self
+
+
+class LinearCore(nn.Module):
+    """What every linear of ours keeps and does, whatever ranks hold its weight.
+
+    layer: global name. in_features, out_features: axes of K and N. clock: the run's position.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        layer: str,
+        in_features: Axis,
+        out_features: Axis,
+        clock: TrainingClock,
+        device: Any = "cpu",
+    ) -> None:
+        super().__init__()
+        self.recipe, self.layer, self.clock = recipe, layer, clock
+        self.in_features, self.out_features = in_features, out_features
+        _check_features(recipe, layer, in_features, out_features)
+        self.bases = nn.ModuleDict()
+        for operand in OPERANDS:
+            split = getattr(recipe, f"{operand}_split")
+            if split is not None:
+                features = out_features if operand == "grad_output" else in_features
+                assert recipe.basis is not None
+                self.bases[operand] = OperandBasis(
+                    layer=layer,
+                    operand=operand,
+                    features=features,
+                    rank=split.rank.columns(features.size),
+                    config=recipe.basis,
+                    seed=clock.seed,
+                    device=device,
+                )
+
+    def forward(self, x_MK: Tensor, w_NK: Tensor, tokens: Axis) -> Tensor:
+        """Return this rank's x w^T, [M, N] in x's dtype."""
+        if torch.is_grad_enabled() and self.recipe.wgrad_input.quantizer is not None:
+            _check_tokens(self.layer, tokens)
+        return quantized_linear(x_MK, w_NK, self.plan(tokens))
+
+    def plan(self, tokens: Axis) -> LinearPlan:
+        """Return the plan of a forward pass that starts now."""
+        clock, position = self.clock, self.clock.position
+        active = {f"v_{name}": basis.active for name, basis in self.bases.items()}  # type: ignore[operator]
+        sketching = [
+            name for name, basis in self.bases.items() if name != "weight" and basis.wants_sketch(clock.step)
+        ]
+        window = clock.num_tokens_per_step
+
+        def sketch(operand: str, matrix: Tensor) -> None:
+            if operand in sketching:
+                self.bases[operand].sketch_tokens(matrix, tokens, position, window)
+
+        return LinearPlan(
+            recipe=self.recipe,
+            layer=self.layer,
+            tokens=tokens,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            seed=clock.seed,
+            position=position,
+            sketch=sketch if sketching else None,
+            **active,
+        )
+
+    def sketch_weight(self, weight: Tensor, step: int) -> None:
+        """Sketch the weight for its own basis, where one is kept and this step wants it."""
+        if "weight" in self.bases and self.bases["weight"].wants_sketch(step):
+            self.bases["weight"].sketch_weight(weight.detach(), self.out_features)
+
+
+def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token_group: Any = None) -> None:
+    """Turn the sketches of optimizer step `step` into new bases; call it after the optimizer step, on every
+    rank.
+
+    linears: each core with its current weight. token_group: ranks that saw other tokens of the step (data
+    and context parallel); their sketches are summed in float64, in one message, so that all keep the same
+    bases.
+    """
+    linears = list(linears)
+    pending: list[tuple[OperandBasis, Tensor]] = []
+    for core, weight in linears:
+        core.sketch_weight(weight, step)
+        for operand, basis in core.bases.items():
+            flat = basis.take_pending()
+            if flat is None:
+                continue
+            if operand == "weight":
+                basis.absorb(flat)
+            else:
+                pending.append((basis, flat))
+    if pending:
+        summed = torch.cat([flat for _, flat in pending])
+        if token_group is not None and dist.get_world_size(token_group) > 1:
+            dist.all_reduce(summed, group=token_group)
+        for (basis, _), flat in zip(
+            pending, summed.split([flat.numel() for _, flat in pending]), strict=True
+        ):
+            basis.absorb(flat)
+    for core, _ in linears:
+        for basis in core.bases.values():
+            basis.refresh(step)
+
+
+def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:
+    if not recipe.is_quantized:
+        return
+    for name, axis in (("in_features", in_features), ("out_features", out_features)):
+        per_part = axis.local_size // axis.parts
+        if per_part % 16 or axis.local_size % axis.parts:
+            raise ShapeError(
+                layer,
+                f"{name} held by one rank must be a multiple of 16 per projection (NVFP4 blocks), received "
+                f"{per_part}; "
+                "change the size or the tensor-parallel size, or keep this layer in bf16 with a policy",
+            )
+
+
+def _check_tokens(layer: str, tokens: Axis) -> None:
+    for _, length in tokens.runs:
+        if length % 16:
+            raise ShapeError(
+                layer,
+                f"tokens per microbatch and rank must be a multiple of 16 (wgrad blocks run along tokens), "
+                "received "
+                f"a run of {length}; change the sequence length or the micro batch size",
+            )
+
+
+class MetisLinear(nn.Module):
+    """Drop-in for `torch.nn.Linear` that computes by a recipe; one rank, torch only.
+
+    Call `after_step()` once after every optimizer step: it advances the clock and renews the bases.
+    Raises ShapeError when a size is no multiple of 16, on construction for features and in training for
+    tokens.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        recipe: Recipe,
+        name: str = "linear",
+        clock: TrainingClock | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.clock = clock or TrainingClock()
+        self.owns_clock = clock is None
+        plain = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.weight, self.bias = plain.weight, plain.bias
+        self.core = LinearCore(
+            recipe=recipe,
+            layer=name,
+            in_features=Axis.whole(in_features),
+            out_features=Axis.whole(out_features),
+            clock=self.clock,
+            device=device or "cpu",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x w^T + bias; x: [..., K]; rows in the order of `x.flatten(0, -2)` are the tokens."""
+        x_MK = x.reshape(-1, x.shape[-1])
+        if self.training and self.owns_clock:
+            self.clock.num_tokens_per_step = max(self.clock.num_tokens_per_step, x_MK.shape[0])
+        y = self.core(x_MK, self.weight, Axis.whole(x_MK.shape[0]))
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+    def after_step(self) -> None:
+        """Renew the bases from this step's sketches and enter the next step (with a clock of one's own)."""
+        advance_bases([(self.core, self.weight)], self.clock.step)
+        if self.owns_clock:
+            self.clock.begin_step(self.clock.step + 1, self.clock.num_tokens_per_step)
