@@ -1,0 +1,125 @@
+"""Rounding onto the E2M1 and E4M3 grids, elementwise and without any scale.
+
+One idea: on E2M1 the spacing of the grid is half of the value's power of two, held at 0.5 below 1 (`step =
+max(2^floor(log2 |y|), 1) / 2`). Dividing by it is exact, so nearest rounding is one `round` (ties to even,
+and an even multiple of the step is an even code) and stochastic rounding one `floor` and one comparison of
+integers. No table, no search.
+
+Results are *values on the grid* in fp32, which is what CPU emulation multiplies; codes are made on request.
+
+Traps:
+* Sign: the code's sign bit is set when the input is strictly negative. So -0.0 becomes +0.0 (code 0), while a
+  negative value that rounds to zero becomes -0.0 (code 8). The value's own sign bit carries that.
+* NaN: nearest rounding gives code 0 (as Transformer Engine's reference, where no comparison matches),
+  stochastic rounding +6 (as its software path). FP4 cannot carry a NaN; the block scale does.
+* `torch`'s cast to E4M3 does not saturate: above 464 it gives NaN. Callers clamp to 448 first.
+
+Shape letters: R, C any matrix; every function takes any shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metis.errors import ConfigError, ShapeError
+from metis.formats import E2M1_MAGNITUDES, E2M1_MAX, E2M1_SIGN_BIT
+
+RANDOM_BIT_WIDTHS = (8, 24)
+"""8: what Transformer Engine's software path and the hardware use. 24: bias below 2^-24 of a step."""
+
+_WORD_BITS = 32
+_FLOAT32_EXPONENT_MASK = 0x7F800000
+
+
+def round_to_e2m1_rne(y: Tensor) -> Tensor:
+    """Round to the nearest E2M1 value, ties to the even code: `step(|y|) * rint(y / step(|y|))`.
+
+    y: fp32, any shape. Returns fp32 values on the grid; |y| > 6 gives 6, NaN gives +0, -0.0 gives +0.0.
+
+    Midpoints 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5 give 0, 1, 1, 2, 2, 4, 4. Source: NVFP4 reference
+    quantiser of Transformer Engine at d0067d0da6 (`reference_nvfp4.py`).
+    """
+    _require_float32(y)
+    q = (y + 0.0).clamp_(-E2M1_MAX, E2M1_MAX)  # -0.0 + 0.0 is +0.0, the sign rule
+    step = _grid_step(q)
+    return q.div_(step).round_().mul_(step).nan_to_num_(nan=0.0)
+
+
+def round_to_e2m1_stochastic(y: Tensor, words: Tensor, num_random_bits: int = 24) -> Tensor:
+    """Round to one of the two neighbouring E2M1 values, up in magnitude with the probability of the rest.
+
+    y: fp32, any shape; words: int64 of the same shape, 32 random bits each in [0, 2^32).
+    num_random_bits: b = 24 uses the top bits of a word (`word >> 8`), b = 8 the lowest byte (`word & 0xff`).
+    Returns fp32 values on the grid.
+
+    With lower neighbour lo, grid step d, `f = (|y| - lo) / d` and random integer k: up iff `k + floor(2^b
+    f) >= 2^b`, so `P(up) = floor(2^b f) / 2^b` exactly: short of f by less than 2^-b. Values on the grid
+    never move, |y| > 6 gives 6, NaN gives +6. The sum is not formed in fp32, where it could round across a
+    grid point. Raises ConfigError for another number of bits. Source: `transformer_engine/common` software
+    form of `cvt.rs.e2m1` at d0067d0da6, generalised in b.
+    """
+    _require_float32(y)
+    if words.shape != y.shape or words.dtype != torch.int64:
+        raise ShapeError(
+            "round_to_e2m1_stochastic",
+            f"words must be int64 of shape {tuple(y.shape)}, received {tuple(words.shape)} {words.dtype}",
+        )
+    if num_random_bits == 8:
+        random_integer = words & 0xFF
+    elif num_random_bits == 24:
+        random_integer = words >> (_WORD_BITS - 24)
+    else:
+        raise ConfigError(
+            "num_random_bits", f"must be one of {RANDOM_BIT_WIDTHS}, received {num_random_bits}"
+        )
+    scale = float(2**num_random_bits)
+    magnitude = y.abs().clamp_(max=E2M1_MAX)
+    step = _grid_step(magnitude)
+    magnitude.div_(step)
+    multiple = magnitude.floor()
+    # Integers up to 2^24 are exact in fp32, and so is every operation on them below.
+    threshold = magnitude.sub_(multiple).mul_(scale).floor_().neg_().add_(scale)
+    multiple.add_(random_integer.to(torch.float32).ge_(threshold))
+    return multiple.mul_(step).copysign_(y + 0.0).nan_to_num_(nan=E2M1_MAX)
+
+
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """Round fp32 to the nearest E4M3 value, ties to even, subnormals kept; returns the value in fp32.
+
+    x: fp32, |x| <= 448 (the caller saturates); NaN stays NaN. |x| <= 2^-10 gives zero.
+    """
+    _require_float32(x)
+    return x.to(torch.float8_e4m3fn).to(torch.float32)
+
+
+def values_to_codes(values: Tensor) -> Tensor:
+    """Return the 4-bit codes (uint8, 0..15) of fp32 values that lie on the E2M1 grid; -0.0 is code 8."""
+    _require_float32(values)
+    doubled = (values.abs() * 2.0).to(torch.int32)
+    code_of_doubled = torch.zeros(int(2 * E2M1_MAX) + 1, dtype=torch.uint8, device=values.device)
+    for code, magnitude in enumerate(E2M1_MAGNITUDES):
+        code_of_doubled[int(2 * magnitude)] = code
+    codes = code_of_doubled.index_select(0, doubled.flatten()).view(values.shape)
+    return codes.add_(torch.signbit(values), alpha=E2M1_SIGN_BIT)
+
+
+def codes_to_values(codes: Tensor) -> Tensor:
+    """Return the fp32 values of 4-bit codes (uint8, 0..15); code 8 gives -0.0."""
+    if codes.dtype != torch.uint8:
+        raise ShapeError("codes_to_values", f"codes must be uint8, received {codes.dtype}")
+    signed = E2M1_MAGNITUDES + tuple(-magnitude for magnitude in E2M1_MAGNITUDES)
+    table = torch.tensor(signed, dtype=torch.float32, device=codes.device)
+    return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+
+
+def _grid_step(y: Tensor) -> Tensor:
+    """Return the grid step at |y| <= 6 as a new fp32 tensor: 0.5 below 2, 1 below 4, 2 from there."""
+    power_of_two = y.abs().clamp_(min=1.0)
+    power_of_two.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT_MASK)
+    return power_of_two.mul_(0.5)
+
+
+def _require_float32(x: Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise ShapeError("metis.rounding", f"input must be float32, received {x.dtype}")
