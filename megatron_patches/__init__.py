@@ -1,0 +1,85 @@
+"""Cures for megatron-core 0.16.1 that no option, extension point or subclass can give.
+
+Order of a run: parse arguments, `apply_patches(device)`, then import anything that imports megatron-core's
+models. The patches for the CPU must come first because megatron-core decides at import whether functions are
+compiled; a process that has imported megatron-core earlier still gets all of them, only more slowly.
+
+Nothing here changes a process that does not call `apply_patches` or `patch_exact_grad_norm`. The package
+imports torch, megatron-core and the standard library, never `metis`. `python -m megatron_patches` lists what
+it contains.
+"""
+
+from megatron_patches.registry import Patch, PatchMismatch, Target, original_of
+
+__all__ = [
+    "Patch",
+    "PatchMismatch",
+    "Target",
+    "all_patches",
+    "apply_patches",
+    "documentation",
+    "original_of",
+    "patch_exact_grad_norm",
+]
+
+
+def all_patches() -> tuple[Patch, ...]:
+    """Return every patch in the order in which it is applied, those of the exact mode last."""
+    from megatron_patches import (
+        async_save,
+        cuda_on_cpu,
+        distributed_optimizer,
+        exact_reductions,
+        no_compile,
+        pipeline_guard,
+        recompute_context,
+        recompute_without_te,
+    )
+
+    return (
+        no_compile.PATCH,
+        *cuda_on_cpu.PATCHES,
+        async_save.PATCH,
+        *distributed_optimizer.PATCHES,
+        recompute_without_te.PATCH,
+        recompute_context.PATCH,
+        pipeline_guard.PATCH,
+        *exact_reductions.PATCHES,
+    )
+
+
+def apply_patches(device: str) -> list[str]:
+    """Apply what `device` ('cpu' or 'cuda') needs and return the names of the newly applied patches.
+
+    Idempotent: a second call returns an empty list. Raises `PatchMismatch`, with nothing changed, if the
+    installed megatron-core differs from the source that a patch was written for.
+    """
+    from megatron_patches import no_compile, registry
+
+    if device not in registry.DEVICES:
+        raise ValueError(f"device must be one of {registry.DEVICES}, received {device!r}")
+    if device == "cpu":
+        no_compile.import_engine()
+    return registry.install(
+        [patch for patch in all_patches() if device in patch.devices and not patch.only_exact]
+    )
+
+
+def patch_exact_grad_norm() -> list[str]:
+    """Let the engine train float64 parameters, with every norm formed in float64; return the new patches'
+    names.
+
+    For the test mode in which a layout may not change a result: see `megatron_patches.exact_reductions`. Call
+    it after `apply_patches`. Idempotent. Raises `PatchMismatch`.
+    """
+    from megatron_patches import registry
+
+    return registry.install([patch for patch in all_patches() if patch.only_exact])
+
+
+def documentation() -> str:
+    """Return all patches as text: targets with source hashes, reason, reach, upstream lines and expiry."""
+    from megatron_patches import no_compile, registry
+
+    no_compile.silence_import_warnings()
+    return registry.table(all_patches())
