@@ -23,8 +23,9 @@ class MetisError(Exception):
     received and what to do about it.
     """
 
-    def __init__(self, where: str, message: str) -> None:
-        super().__init__(f"{where}: {message}")
+    def __init__(self, where: str, message: str = "") -> None:
+        # One argument: somebody re-raised `type(error)(text)`, as megatron-core does when a module is built.
+        super().__init__(f"{where}: {message}" if message else where)
         self.where = where
         self.message = message
 

@@ -1,0 +1,134 @@
+"""The transformer block as a list of layer specs: which class computes each linear, norm and attention.
+
+A policy gives every linear its recipe by global path. `bf16` linears are the engine's own classes; all others
+are ours with the recipe, the path and the run's clock bound in. Neither the model nor the layers mention FP4.
+
+Trap: megatron-core 0.16.1 calls `linear_qkv` of a spec directly and builds the other linears through
+`build_module`, so the first is a `functools.partial` and the others are `ModuleSpec`s with parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from metis.clock import TrainingClock
+from metis.config import Recipe
+from metis.mcore.attention import SdpaCoreAttention
+from metis.mcore.linear import MetisColumnParallelLinear, MetisRowParallelLinear
+from metis.mcore.norm import norm_class
+
+STATE_DICT_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def block_spec(
+    config: TransformerConfig,
+    recipes: Mapping[str, Recipe],
+    clock: TrainingClock,
+    *,
+    use_transformer_engine: bool,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Return the specs of the layers that this pipeline stage builds.
+
+    recipes: recipe of every linear by global path. use_transformer_engine: norms and attention are
+    Transformer Engine's, and so are the linears of layers that are entirely bf16.
+    """
+    first = get_transformer_layer_offset(config, vp_stage)
+    count = get_num_layers_to_build(config, vp_stage)
+    specs = [
+        _layer_spec(config, index, recipes, clock, use_transformer_engine)
+        for index in range(first, first + count)
+    ]
+    if use_transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm_class(config.normalization))
+
+
+def _layer_spec(
+    config: TransformerConfig,
+    index: int,
+    recipes: Mapping[str, Recipe],
+    clock: TrainingClock,
+    use_transformer_engine: bool,
+) -> ModuleSpec:
+    paths = {
+        name: f"decoder.layers.{index}.{name}"
+        for name in (
+            "self_attention.linear_qkv",
+            "self_attention.linear_proj",
+            "mlp.linear_fc1",
+            "mlp.linear_fc2",
+        )
+    }
+    norm, attention = norm_class(config.normalization), SdpaCoreAttention
+    if use_transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        if all(recipes[path].is_high_precision for path in paths.values()):
+            return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm, attention = TENorm, TEDotProductAttention
+
+    def linear(name: str) -> tuple[type, dict[str, Any]]:
+        recipe = recipes[paths[name]]
+        is_column = name.endswith(("linear_qkv", "linear_fc1"))
+        if recipe.is_high_precision:
+            return (ColumnParallelLinear if is_column else RowParallelLinear), {}
+        cls = MetisColumnParallelLinear if is_column else MetisRowParallelLinear
+        return cls, {"recipe": recipe, "layer": paths[name], "clock": clock}
+
+    def spec(name: str) -> ModuleSpec:
+        cls, params = linear(name)
+        return ModuleSpec(module=cls, params=params)
+
+    qkv_class, qkv_params = linear("self_attention.linear_qkv")
+    qk_norm = norm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=functools.partial(qkv_class, **qkv_params),
+                    core_attention=attention,
+                    linear_proj=spec("self_attention.linear_proj"),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=spec("mlp.linear_fc1"), linear_fc2=spec("mlp.linear_fc2")
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=STATE_DICT_KEYS,
+        ),
+    )

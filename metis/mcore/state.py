@@ -1,0 +1,33 @@
+"""The method's state across a whole model: find our linears, renew their bases after an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from metis.mcore.linear import MetisColumnParallelLinear, MetisRowParallelLinear
+from metis.nn import advance_bases
+
+RecipeLinear = MetisColumnParallelLinear | MetisRowParallelLinear
+
+
+def recipe_linears(model_chunks: Iterable[nn.Module]) -> list[RecipeLinear]:
+    """Return the linears of this rank that compute by a recipe of ours, in order."""
+    return [
+        module
+        for chunk in model_chunks
+        for module in chunk.modules()
+        if isinstance(module, MetisColumnParallelLinear | MetisRowParallelLinear)
+    ]
+
+
+def advance_model_bases(model_chunks: Iterable[nn.Module], step: int, token_group: Any) -> None:
+    """Renew every basis of this rank from the sketches of optimizer step `step`.
+
+    token_group: the data- and context-parallel ranks that saw the other tokens of the step.
+    """
+    advance_bases(
+        [(linear.core, linear.weight) for linear in recipe_linears(model_chunks)], step, token_group
+    )
