@@ -1,0 +1,221 @@
+"""Cross-checks between arguments and the values that follow from them, before anything slow is imported.
+
+One idea: `validate_args` is a list of small checks, one per concern, run in order; each may fill in derived
+values (FFN width, data parallel size, virtual stages, ...) as Megatron-LM's trainer does, and each violation
+is one `ConfigError` at the option to change. What Megatron asserts later in a run (batch sizes, schedules,
+divisibility) is decided here. This file holds the order and what concerns the model and its recipe.
+
+Traps: derived values overwrite arguments in place, as in Megatron; call it once. `num_query_groups` becomes
+the number of heads without `--group-query-attention`. The padded vocabulary needs the tokenizer unless it is
+the NullTokenizer; `preflight` fills it in.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from metis.training.accounting import linear_shards
+from metis.training.validation_checks import require, warn
+from metis.training.validation_layout import (
+    check_batch,
+    check_parallel,
+    check_pipeline,
+    check_tensor_parallel,
+)
+from metis.training.validation_run import (
+    check_checkpoint,
+    check_data,
+    check_environment,
+    check_precision,
+    check_recompute,
+    check_schedule,
+    check_training_length,
+)
+
+BLOCK = 16  # NVFP4: one block scale for 16 values along the contraction axis
+
+
+def validate_args(args: Namespace, world_size: int) -> None:
+    """Check `args` for a world of `world_size` ranks and fill in what follows from them.
+
+    Derived: data_parallel_size, global_batch_size, ffn_hidden_size, kv_channels, num_query_groups,
+    padded_vocab_size (when known without the tokenizer), virtual_pipeline_model_parallel_size,
+    overlap_p2p_comm, batch_p2p_comm, sequence_parallel, params_dtype_name, split, recompute_granularity,
+    start/end_weight_decay, resolved_recipe, resolved_policy and others as in Megatron-LM.
+
+    Raises ConfigError at the first violation.
+    """
+    args.world_size = world_size
+    _check_required(args)
+    _check_shape(args)
+    check_parallel(args, world_size)
+    check_tensor_parallel(args)
+    check_pipeline(args)
+    check_batch(args)
+    check_training_length(args)
+    check_schedule(args)
+    check_precision(args)
+    check_recompute(args)
+    check_environment(args)
+    check_data(args)
+    check_checkpoint(args)
+    _check_vocabulary(args)
+    _check_recipe(args)
+
+
+def _check_required(args: Namespace) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings"):
+        option = f"--{name.replace('_', '-')}"
+        require(
+            getattr(args, name) is not None, option, "must be given (or choose a --preset), received nothing"
+        )
+    require(args.micro_batch_size is not None, "--micro-batch-size", "must be given, received nothing")
+
+
+def _check_shape(args: Namespace) -> None:
+    if args.ffn_hidden_size is None:
+        width = 4 * args.hidden_size
+        args.ffn_hidden_size = width * 2 // 3 // 64 * 64 if args.swiglu else width
+        require(
+            args.ffn_hidden_size > 0,
+            "--ffn-hidden-size",
+            f"must be given: 8/3 of hidden size {args.hidden_size} rounded down to 64 is 0",
+        )
+    if args.kv_channels is None:
+        require(
+            args.hidden_size % args.num_attention_heads == 0,
+            "--num-attention-heads",
+            f"must divide --hidden-size {args.hidden_size}, received {args.num_attention_heads}; "
+            "or give --kv-channels",
+        )
+        args.kv_channels = args.hidden_size // args.num_attention_heads
+    if not args.group_query_attention:
+        if "num_query_groups" in args.given and args.num_query_groups != args.num_attention_heads:
+            warn(args, "--num-query-groups has no effect without --group-query-attention")
+        args.num_query_groups = args.num_attention_heads
+    require(
+        args.num_attention_heads % args.num_query_groups == 0,
+        "--num-query-groups",
+        f"must divide --num-attention-heads {args.num_attention_heads}, received {args.num_query_groups}",
+    )
+    require(
+        args.max_position_embeddings >= args.seq_length,
+        "--max-position-embeddings",
+        f"must be at least --seq-length {args.seq_length}, received {args.max_position_embeddings}; raise it",
+    )
+    if args.use_rotary_position_embeddings:
+        args.position_embedding_type = "rope"
+    rotated = args.kv_channels * args.rotary_percent
+    require(
+        args.position_embedding_type != "rope" or (rotated >= 2 and rotated % 2 == 0),
+        "--kv-channels",
+        f"times --rotary-percent must be a positive even number of channels, received {rotated:g}",
+    )
+    if args.position_embedding_type != "rope":
+        require(not args.use_rope_scaling, "--use-rope-scaling", "needs --position-embedding-type rope")
+        args.apply_rope_fusion = False
+    if args.add_bias_linear:
+        args.add_qkv_bias = True
+    else:
+        args.bias_gelu_fusion = False
+
+
+def _check_vocabulary(args: Namespace) -> None:
+    """Set padded_vocab_size where the command line alone decides it; `preflight` does the rest."""
+    if args.vocab_size is None or args.padded_vocab_size is not None:
+        return
+    if args.tokenizer_type in (None, "NullTokenizer"):
+        set_padded_vocab_size(args, args.vocab_size + (args.tokenizer_type == "NullTokenizer"))
+
+
+def set_padded_vocab_size(args: Namespace, tokenizer_vocab_size: int) -> None:
+    """Set args.padded_vocab_size for a tokenizer of `tokenizer_vocab_size` ids, or check the one that was
+    given.
+
+    The model has at least `--vocab-size` rows, rounded up to a multiple of `--make-vocab-size-divisible-by` x
+    TP. Raises ConfigError when a given size is smaller than the tokenizer.
+    """
+    from metis.training.tokenizer import padded_vocab_size
+
+    for option, size in (
+        ("--padded-vocab-size", args.padded_vocab_size),
+        ("--vocab-size", None if args.tokenizer_type == "NullTokenizer" else args.vocab_size),
+    ):
+        require(
+            size is None or size >= tokenizer_vocab_size,
+            option,
+            f"is a vocabulary too small: must be at least the tokenizer's {tokenizer_vocab_size} ids, "
+            f"received {size}",
+        )
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = padded_vocab_size(
+            max(tokenizer_vocab_size, args.vocab_size or 0),
+            args.make_vocab_size_divisible_by,
+            args.tensor_model_parallel_size,
+        )
+
+
+def _check_recipe(args: Namespace) -> None:
+    from metis.policy import recipes_by_path, resolve_policy
+    from metis.recipes import recipe_to_dict, resolve_recipe
+
+    if args.fp4 is not None:
+        require(
+            "recipe" not in args.given or args.recipe == args.fp4_recipe,
+            "--fp4-format",
+            f"with --fp4-recipe {args.fp4_recipe} means --recipe {args.fp4_recipe}, received --recipe "
+            f"{args.recipe}; "
+            "keep one of them",
+        )
+        args.recipe = args.fp4_recipe
+    recipe = resolve_recipe(args.recipe)
+    by_count = args.first_last_layers_bf16 or bool(
+        {"num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"} & set(args.given)
+    )
+    args.first_last_layers_bf16 = by_count
+    start = args.num_layers_at_start_in_bf16 if by_count else None
+    end = args.num_layers_at_end_in_bf16 if by_count else None
+    policy = resolve_policy(args.policy, args.num_layers, start, end)
+    args.resolved_recipe = recipe_to_dict(recipe)
+    args.resolved_policy = policy.to_dict()
+    recipes = recipes_by_path(policy, recipe, args.num_layers)
+    for path, used in recipes.items():
+        _check_linear(args, path, used)
+
+
+def _check_linear(args: Namespace, path: str, recipe: Any) -> None:
+    """Check that the operands of the linear at `path` consist of whole blocks under `recipe` on one rank."""
+    if not recipe.is_quantized:
+        return
+    where = f"{path} (recipe {recipe.name})"
+    require(
+        not args.fp16,
+        "--fp16",
+        f"must not be combined with recipe {recipe.name}, which computes in bf16 or fp32",
+    )
+    tp = args.tensor_model_parallel_size
+    for axis, size, options in linear_shards(args)[path.split(".", 3)[3]]:
+        require(
+            size % BLOCK == 0,
+            where,
+            f"must have {axis} per tensor parallel rank divisible by {BLOCK}, received {size} at TP={tp}; "
+            "change "
+            f"{options} or --tensor-model-parallel-size, or keep this layer in bf16 with --policy",
+        )
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    require(
+        tokens % BLOCK == 0,
+        where,
+        f"must have tokens per micro batch and context rank divisible by {BLOCK}, received {tokens} = "
+        f"{args.micro_batch_size} x {args.seq_length} / {args.context_parallel_size}; change --seq-length or "
+        "--micro-batch-size",
+    )
+    chunks = recipe.basis.num_canonical_chunks if recipe.basis is not None else tp
+    require(
+        chunks % tp == 0,
+        "--recipe",
+        f"{recipe.name}: basis.num_canonical_chunks must be a multiple of the tensor parallel size {tp}, "
+        "received "
+        f"{chunks}",
+    )
