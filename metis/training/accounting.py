@@ -156,5 +156,8 @@ def resolved_config(args: Namespace) -> dict[str, Any]:
 
 
 def print_config(args: Namespace) -> None:
-    """Print `resolved_config(args)` as indented JSON on standard output."""
+    """Print `resolved_config(args)` as JSON on standard output, with the tokenizer's size."""
+    from metis.training.preflight import resolve_vocabulary
+
+    resolve_vocabulary(args)
     print(json.dumps(resolved_config(args), indent=2), flush=True)
