@@ -1,0 +1,114 @@
+"""Bring up a run: device, process groups, seeds, microbatch calculator. Importing this file imports torch.
+
+Order matters: the patches of megatron-core go in before any of its model code is imported (it decides at
+import whether functions are compiled), and process groups exist before anything collective.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import warnings
+from argparse import Namespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import megatron_patches
+from metis.errors import ConfigError
+
+PIPELINE_SEED_STRIDE = 100  # the reference trainer's: stages draw different dropout masks
+
+
+def select_device(args: Namespace) -> None:
+    """Resolve `args.device` and `args.distributed_backend`, bind this process to its GPU.
+
+    Raises ConfigError when a GPU is asked for and none is there, or NCCL without GPUs.
+    """
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda":
+        count = torch.cuda.device_count()
+        if args.local_rank >= count:
+            raise ConfigError(
+                "--device",
+                f"needs one GPU per process on a node, received local rank {args.local_rank} and {count} "
+                "visible GPUs; "
+                "start fewer processes or use --device cpu",
+            )
+        torch.cuda.set_device(args.local_rank)
+    if args.distributed_backend == "auto":
+        args.distributed_backend = "nccl" if args.device == "cuda" else "gloo"
+    if args.distributed_backend == "nccl" and args.device == "cpu":
+        raise ConfigError("--distributed-backend", "must be gloo (or auto) on the CPU, received nccl")
+
+
+def initialize(args: Namespace) -> None:
+    """Patch the engine, create all process groups, seed all generators."""
+    select_device(args)
+    warnings.filterwarnings(
+        "ignore", message=".*(Apex|Transformer Engine|TransformerEngine).*not installed.*"
+    )
+    megatron_patches.apply_patches(args.device)
+    if args.exact_reductions:
+        megatron_patches.patch_exact_grad_norm()
+    _initialize_distributed(args)
+    _set_seeds(args)
+    if args.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
+
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
+
+    init_num_microbatches_calculator(
+        args.rank,
+        args.rampup_batch_size,
+        args.global_batch_size,
+        args.micro_batch_size,
+        args.data_parallel_size,
+    )
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+
+
+def _initialize_distributed(args: Namespace) -> None:
+    from megatron.core import parallel_state
+
+    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+    if args.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        # Alone and started without a launcher: no port to agree on, and none to collide with.
+        dist.init_process_group(
+            args.distributed_backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        dist.init_process_group(
+            args.distributed_backend, rank=args.rank, world_size=args.world_size, timeout=timeout
+        )
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        create_gloo_process_groups=True,
+    )
+    if args.rank == 0:
+        print(
+            f"using world size: {args.world_size}, data-parallel size: {args.data_parallel_size}, "
+            f"context-parallel size: {args.context_parallel_size}, "
+            f"tensor-model-parallel size: {args.tensor_model_parallel_size}, "
+            f"pipeline-model-parallel size: {args.pipeline_model_parallel_size}, "
+            f"device: {args.device}, backend: {args.distributed_backend}",
+            flush=True,
+        )
+
+
+def _set_seeds(args: Namespace) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed = args.seed + PIPELINE_SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

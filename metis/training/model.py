@@ -1,0 +1,266 @@
+"""From arguments to the model on this rank: engine config, chunks, initial weights, precision and
+data-parallel wraps.
+
+The only place that knows both Megatron's argument names and megatron-core's config fields. Initial weights
+are keyed by parameter name and global index (`metis.mcore.initialization`), so that layouts and recipes start
+from the same numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from metis.clock import TrainingClock
+from metis.config import Recipe
+from metis.errors import ConfigError
+from metis.mcore.initialization import initialize_parameters
+from metis.mcore.layer_spec import block_spec
+from metis.mcore.model import LlamaModel
+from metis.mcore.state import recipe_linears
+from metis.policy import linear_paths, resolve_policy
+from metis.recipes import resolve_recipe
+from metis.training.outputs import print_rank_0
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def uses_transformer_engine(args: Namespace) -> bool:
+    """Resolve `--transformer-impl`: `auto` means Transformer Engine where it can be imported on a GPU.
+
+    Raises ConfigError when Transformer Engine is asked for and cannot be used; `auto` prints its choice and
+    why.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if args.transformer_impl == "local":
+        return False
+    if args.transformer_impl == "transformer_engine":
+        if not installed or args.device != "cuda" or args.exact_reductions:
+            raise ConfigError(
+                "--transformer-impl",
+                "transformer_engine needs Transformer Engine, a GPU and no --exact-reductions, received "
+                f"installed={installed}, device={args.device}; install the extra [te] or use local",
+            )
+        return True
+    use = installed and args.device == "cuda" and not args.exact_reductions
+    print_rank_0(
+        f"transformer implementation: {'transformer_engine' if use else 'local'} "
+        f"(auto: Transformer Engine installed={installed}, device={args.device})"
+    )
+    args.transformer_impl = "transformer_engine" if use else "local"
+    return use
+
+
+def recipes_of(args: Namespace) -> dict[str, Recipe]:
+    """Return the recipe of every linear by global path."""
+    counts = args.first_last_layers_bf16
+    policy = resolve_policy(
+        args.policy,
+        args.num_layers,
+        args.num_layers_at_start_in_bf16 if counts else None,
+        args.num_layers_at_end_in_bf16 if counts else None,
+    )
+    recipe = resolve_recipe(args.recipe)
+    return {path: policy.recipe_for(path, recipe) for path in linear_paths(args.num_layers)}
+
+
+def transformer_config(args: Namespace, use_transformer_engine: bool) -> TransformerConfig:
+    """Return megatron-core's config for these arguments."""
+    dtype = DTYPES[args.params_dtype_name]
+    fused_wgrad = (
+        args.gradient_accumulation_fusion
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        and args.device == "cuda"
+    )
+    return TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        attention_dropout=args.attention_dropout,
+        hidden_dropout=args.hidden_dropout,
+        fp32_residual_connection=args.fp32_residual_connection,
+        layernorm_epsilon=args.layernorm_epsilon,
+        normalization=args.normalization,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        gated_linear_unit=args.swiglu,
+        activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
+        bias_activation_fusion=args.bias_swiglu_fusion
+        if args.swiglu
+        else args.bias_gelu_fusion and args.add_bias_linear,
+        bias_dropout_fusion=args.bias_dropout_fusion,
+        masked_softmax_fusion=args.masked_softmax_fusion,
+        apply_rope_fusion=args.apply_rope_fusion and use_transformer_engine,
+        gradient_accumulation_fusion=fused_wgrad,
+        cross_entropy_loss_fusion=args.cross_entropy_loss_fusion,
+        rotary_interleaved=args.rotary_interleaved,
+        qk_layernorm=args.qk_layernorm,
+        attention_softmax_in_fp32=args.attention_softmax_in_fp32,
+        attention_backend=AttnBackend[args.attention_backend],
+        init_method_std=args.init_method_std,
+        perform_initialization=False,
+        use_cpu_initialization=args.device == "cpu",
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        cp_comm_type="all_gather" if args.context_parallel_size > 1 else None,
+        sequence_parallel=args.sequence_parallel,
+        overlap_p2p_comm=args.overlap_p2p_comm,
+        batch_p2p_comm=not args.overlap_p2p_comm,
+        deallocate_pipeline_outputs=True,
+        num_layers_in_first_pipeline_stage=args.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=args.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=args.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=args.account_for_loss_in_pipeline_split,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        calculate_per_token_loss=args.calculate_per_token_loss,
+        deterministic_mode=args.deterministic_mode,
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
+        recompute_num_layers=args.recompute_num_layers,
+        recompute_modules=args.recompute_modules,
+    )
+
+
+def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> list[nn.Module]:
+    """Return this rank's model chunks (one per virtual pipeline stage), initialised, on the device, wrapped.
+
+    wrap: add `Float16Module` and megatron-core's data parallelism (training); without it plain modules come
+    back.
+    """
+    use_te = uses_transformer_engine(args)
+    config = transformer_config(args, use_te)
+    recipes = recipes_of(args)
+    num_chunks = args.virtual_pipeline_model_parallel_size or 1
+    chunks: list[nn.Module] = []
+    for stage in range(num_chunks):
+        vp_stage = stage if args.virtual_pipeline_model_parallel_size else None
+        spec = _layer_spec(args, config, recipes, clock, use_te, vp_stage)
+        chunks.append(_chunk(args, config, spec, vp_stage))
+    if args.device == "cuda":
+        chunks = [chunk.cuda() for chunk in chunks]
+    initialize_parameters(chunks, seed=args.seed, config=config)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    _report(args, chunks, recipes)
+    if args.bf16 or args.fp16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    return _data_parallel(args, config, chunks) if wrap else chunks
+
+
+def _layer_spec(
+    args: Namespace,
+    config: TransformerConfig,
+    recipes: dict[str, Recipe],
+    clock: TrainingClock,
+    use_te: bool,
+    vp_stage: int | None,
+) -> Any:
+    if args.spec:
+        return _imported_spec(args, config, vp_stage)
+    return block_spec(config, recipes, clock, use_transformer_engine=use_te, vp_stage=vp_stage)
+
+
+def _imported_spec(args: Namespace, config: TransformerConfig, vp_stage: int | None) -> Any:
+    """Return what `--spec MODULE FUNCTION` gives: a spec, or a function of (config, vp_stage)."""
+    if len(args.spec) != 2:
+        raise ConfigError("--spec", f"must be a module and a name, received {' '.join(args.spec)}")
+    try:
+        found = getattr(importlib.import_module(args.spec[0]), args.spec[1])
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "--spec", f"must name something importable, received {' '.join(args.spec)}: {error}"
+        ) from None
+    return found(config, vp_stage) if callable(found) else found
+
+
+def _chunk(args: Namespace, config: TransformerConfig, spec: Any, vp_stage: int | None) -> LlamaModel:
+    return LlamaModel(
+        config,
+        spec,
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        true_vocab_size=args.true_vocab_size,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        vp_stage=vp_stage,
+    )
+
+
+def _data_parallel(args: Namespace, config: TransformerConfig, chunks: list[nn.Module]) -> list[nn.Module]:
+    bucket_size = args.ddp_bucket_size
+    if args.ddp_num_buckets is not None:
+        numel = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        bucket_size = -(-numel // args.ddp_num_buckets)
+    if bucket_size is None:
+        bucket_size = max(
+            40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        )
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        check_for_nan_in_grad=args.check_for_nan_in_loss_and_grad,
+        check_for_large_grads=args.check_for_large_grads,
+        average_in_collective=args.ddp_average_in_collective,
+        bucket_size=bucket_size if args.overlap_grad_reduce else None,
+    )
+    wrapped: list[nn.Module] = [
+        DistributedDataParallel(
+            config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]) -> None:
+    """Print parameter counts per model-parallel rank, and how many linears each recipe computes."""
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        tp, pp = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        print(
+            f" > number of parameters on (tensor, pipeline) model parallel rank ({tp}, {pp}): {count}",
+            flush=True,
+        )
+    by_recipe: dict[str, int] = {}
+    for recipe in recipes.values():
+        by_recipe[recipe.name] = by_recipe.get(recipe.name, 0) + 1
+    quantized = sum(recipe.is_quantized for recipe in recipes.values())
+    listed = ", ".join(f"{name}: {count}" for name, count in by_recipe.items())
+    print_rank_0(f" > quantised linears: {quantized} of {len(recipes)} ({listed})")
+    built = {linear.layer_name for linear in recipe_linears(chunks)}
+    expected = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
+    assert args.spec or built <= expected, sorted(built - expected)

@@ -1,0 +1,218 @@
+"""One optimizer step and one evaluation, on megatron-core's forward/backward schedule.
+
+What is ours: the loss and its normalisation, the logical microbatch that every forward announces to the
+clock, and the renewal of the bases after the optimizer step. Sums of losses are float64, so that reports do
+not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from metis.clock import TrainingClock
+from metis.errors import MetisError
+from metis.mcore.state import advance_model_bases
+from metis.training.batches import batch_on_this_cp_rank
+from metis.training.telemetry import LM_LOSS
+
+BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+class NonFiniteError(MetisError, RuntimeError):
+    """A loss or gradient that is NaN or infinite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Outcome of one step; mean losses exist on the last pipeline stage only."""
+
+    losses: dict[str, float]
+    applied: bool
+    grad_norm: float | None
+    num_zeros: float | None
+
+
+def _loss(loss_mask: Tensor, per_token: bool, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return (loss, num_tokens, report) for per-token losses [b, s] of this rank's tokens.
+
+    The engine divides the loss by num_tokens and averages over data- and context-parallel ranks. A
+    context-parallel rank sees part of a sequence, so the divisor is the whole microbatch's token count and
+    the sum is scaled by CP; with `--calculate-per-token-loss` the engine divides by the global count itself.
+    """
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    losses, mask = output.to(dtype).view(-1), loss_mask.view(-1).to(dtype)
+    total = (losses * mask).sum(dtype=torch.float64 if dtype == torch.float64 else None)
+    num_tokens = mask.sum()
+    report = torch.stack([(losses.detach() * mask).sum(dtype=torch.float64), num_tokens.to(torch.float64)])
+    cp_size = parallel_state.get_context_parallel_world_size()
+    if cp_size > 1 and not per_token:
+        num_tokens = num_tokens.clone()
+        dist.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
+        total = total * cp_size
+    return total, num_tokens.to(torch.int), {LM_LOSS: report}
+
+
+class StepRunner:
+    """Runs training steps and evaluations of one model; holds what does not change between them."""
+
+    def __init__(
+        self, args: Namespace, model: list[nn.Module], optimizer: Any, scheduler: Any, clock: TrainingClock
+    ) -> None:
+        self.args, self.model, self.optimizer, self.scheduler, self.clock = (
+            args,
+            model,
+            optimizer,
+            scheduler,
+            clock,
+        )
+        self.forward_backward = get_forward_backward_func()
+        self.largest_loss = 0.0
+
+    def _forward_step(self, data_iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
+        """Run one microbatch through one model chunk; middle stages get the microbatch's position only."""
+        batch = next(data_iterator)
+        self.clock.begin_microbatch(int(batch["first_sample"]) // self.args.micro_batch_size)
+        batch = batch_on_this_cp_rank(
+            batch,
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_world_size(),
+        )
+        fields = {name: batch.get(name) for name in BATCH_FIELDS}
+        if self.args.device == "cuda":
+            fields = {k: None if v is None else v.cuda(non_blocking=True) for k, v in fields.items()}
+        output = model(
+            fields["tokens"], fields["position_ids"], fields["attention_mask"], labels=fields["labels"]
+        )
+        return output, partial(_loss, fields["loss_mask"], self.args.calculate_per_token_loss)
+
+    def _run_schedule(self, data_iterator: Any, num_microbatches: int, *, forward_only: bool) -> list[dict]:
+        args = self.args
+        return self.forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=data_iterator,
+            model=self.model,
+            num_microbatches=num_microbatches,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.seq_length,
+            forward_only=forward_only,
+        )
+
+    def train_step(self, data_iterator: Any, iteration: int) -> StepResult:
+        """Run optimizer step `iteration` (from 0): forward, backward, update, schedule, bases."""
+        args = self.args
+        num_microbatches = get_num_microbatches()
+        batch_size = num_microbatches * args.micro_batch_size * args.data_parallel_size
+        self.clock.begin_step(iteration, batch_size * args.seq_length)
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        try:
+            reports = self._run_schedule(data_iterator, num_microbatches, forward_only=False)
+        except RuntimeError as error:
+            if "Unexpected result" in str(error) or "found NaN" in str(error):
+                raise _non_finite(iteration, f"a gradient ({error})") from None
+            raise
+        if args.empty_unused_memory_level >= 1 and args.device == "cuda":
+            torch.cuda.empty_cache()
+        losses = self._mean_losses(reports)
+        if args.check_for_nan_in_loss_and_grad and not all(abs(v) < float("inf") for v in losses.values()):
+            raise _non_finite(iteration, f"the loss ({losses})")
+        self._note_spike(losses, iteration)
+        applied, grad_norm, num_zeros = self.optimizer.step()
+        applied = _all_ranks_agree(applied)
+        advance_model_bases(
+            self.model, iteration, parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        if applied:
+            self.scheduler.step(increment=batch_size)
+        if args.empty_unused_memory_level >= 2 and args.device == "cuda":
+            torch.cuda.empty_cache()
+        return StepResult(
+            losses=losses,
+            applied=applied,
+            grad_norm=_largest_of_ranks(grad_norm),
+            num_zeros=_largest_of_ranks(num_zeros),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, data_iterator: Any, num_iterations: int) -> dict[str, float]:
+        """Return token-weighted mean losses over `num_iterations` global batches, by the recipe's forward."""
+        args = self.args
+        for chunk in self.model:
+            chunk.eval()
+        num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+        reports: list[dict] = []
+        try:
+            for _ in range(num_iterations):
+                reports += self._run_schedule(data_iterator, num_microbatches, forward_only=True)
+        finally:
+            for chunk in self.model:
+                chunk.train()
+        return self._mean_losses(reports)
+
+    def skip_batch(self, data_iterator: Any) -> None:
+        """Consume one global batch without using it (`--iterations-to-skip`)."""
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        for _ in range(get_num_microbatches()):
+            for iterator in iterators:
+                next(iterator)
+
+    @staticmethod
+    def _mean_losses(reports: list[dict]) -> dict[str, float]:
+        """Return sum of losses / number of tokens over microbatches and data-parallel ranks, in float64."""
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True) or not reports:
+            return {}
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        means = {}
+        for name in reports[0]:
+            total = torch.stack([report[name] for report in reports]).sum(dim=0)
+            dist.all_reduce(total, group=group)
+            means[name] = float(total[0] / total[1].clamp(min=1.0))
+        return means
+
+    def _note_spike(self, losses: dict[str, float], iteration: int) -> None:
+        """Report a loss ten times the largest of the first 100 steps (`--check-for-spiky-loss`)."""
+        if not self.args.check_for_spiky_loss or LM_LOSS not in losses:
+            return
+        value = losses[LM_LOSS]
+        if iteration >= 100 and value > 10 * self.largest_loss > 0:
+            print(f"spiky loss at iteration {iteration + 1}: {value:.6E}", flush=True)
+        elif iteration < 100:
+            self.largest_loss = max(self.largest_loss, value)
+
+
+def _non_finite(iteration: int, what: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"iteration {iteration + 1}, rank {dist.get_rank()}",
+        f"{what} must be finite; resume from the last checkpoint, skip the batch with --iterations-to-skip "
+        f"{iteration + 1}, or go on regardless with --no-check-for-nan-in-loss-and-grad",
+    )
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _all_ranks_agree(value: bool) -> bool:
+    flag = torch.tensor([int(value)], device=_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
+    return bool(flag.item())
+
+
+def _largest_of_ranks(value: float | None) -> float | None:
+    """Return the largest value over model-parallel ranks; None on all of them gives None."""
+    number = torch.tensor([-1.0 if value is None else float(value)], dtype=torch.float64, device=_device())
+    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+    return None if number.item() < 0.0 else number.item()
