@@ -1,0 +1,310 @@
+"""When and how a basis is renewed: sampled rows, one warm power step, every few steps.
+
+One idea: a basis is a small value (`BasisState`) and renewing it is a pure function of that value and of
+sketches summed since. Forward only reads it, so activation recompute and resume reproduce the same bits. A
+sketch of rows x_s with directions V is
+
+    B = x_s V,   Z = x_s^T B,   gram = B^T B        (float64, summed over microbatches and ranks)
+
+Phases, one optimizer step each as long as enough rows came in; `refresh` runs after the optimizer step:
+
+    phase   directions V of the sketch         basis in use     refresh makes of Z               next
+    empty   Gaussian, r + oversample columns   none: no split   orthonormal, strongest first     cold
+    cold    those r + oversample columns       leading r        Z U, U = top r of eigh(gram)     warm
+    warm    the r columns in use               all r            orthonormal                      warm
+
+So with plenty of tokens: step 0 runs unsplit, refreshes follow steps 0 and 1, then every step t with
+t % refresh_interval_steps == refresh_interval_steps - 1.
+
+Traps:
+* Too few rows: no refresh, the accumulator grows over further steps (and is saved in checkpoints) until there
+  are enough. Zero or non-finite sketches: the old basis stays, `num_kept` counts it, the accumulator starts
+  anew.
+* Z in bf16 loses the weak directions (residual 3.5 times the optimum at sigma_1 / sigma_r = 1e3). Z is
+  float64 here; V is rounded to bf16 once, when it is put to use.
+* Uniform samples forget a massive-activation token at the next refresh, so the rows of largest amax are
+  pinned.
+* Sums are the caller's: on a sharded axis pass complete B, Z and gram and a global row count. `refresh` needs
+  all K rows of Z; gather them (K x r, once per refresh) and slice the result.
+
+For a weight w_NK the "tokens" are its N rows; `minimum_rows` is then 1.
+
+Shape letters: n sampled rows, K features, r rank, q = r + oversample (at most K) columns, M rows of a
+microbatch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metis.decompose.orthonormal import noise_level, order_by_energy, orthonormalize, with_fixed_signs
+from metis.errors import ShapeError
+from metis.rng import NoisePosition, gaussian, uniform_hash
+
+ROWS_PER_COLUMN = 4
+"""Fewer sampled rows per sketch column make a poor basis; 96 rows for r = 16 and oversample 8."""
+
+SAMPLE_MARGIN_SIGMAS = 4.0
+"""Bernoulli sampling aims this far above the rows wanted, so that it falls short once in 3e4."""
+
+_HASH_RANGE = 1 << 32
+_PHASES = ("empty", "cold", "warm")
+
+
+@dataclass(frozen=True, slots=True)
+class BasisState:
+    """A basis, and the sketch that will become the next one. Tensors keep their shape through all phases.
+
+    phase: see the module docstring. rank: columns of the basis in use, r <= K.
+    v: [K, q] bf16; in phase warm the columns past r are zero.
+    z: [K, q] float64 and gram: [q, q] float64, sums since the last refresh. row_count: rows in them, over all
+    ranks. last_refresh_step: optimizer step after which v was made, -1 for none. num_kept: refreshes that
+    kept the old v.
+    """
+
+    phase: Literal["empty", "cold", "warm"]
+    rank: int
+    v: Tensor
+    z: Tensor
+    gram: Tensor
+    row_count: int = 0
+    last_refresh_step: int = -1
+    num_kept: int = 0
+
+    @property
+    def num_sketch_columns(self) -> int:
+        """Columns of the directions that the next sketch uses: q until warm, then r."""
+        return self.rank if self.phase == "warm" else self.v.shape[1]
+
+
+def empty_state(
+    key: tuple[int, int], num_features: int, rank: int, oversample: int, device: torch.device | str = "cpu"
+) -> BasisState:
+    """Return the state before step 0: Gaussian sketch directions, no basis in use.
+
+    key: stream of this basis (seed, layer, operand). The rank is cut to K, the width r + oversample too.
+    """
+    rank = min(rank, num_features)
+    width = min(rank + oversample, num_features)
+    return BasisState(
+        phase="empty",
+        rank=rank,
+        v=initial_sketch_directions(key, num_features, width, device),
+        z=torch.zeros(num_features, width, dtype=torch.float64, device=device),
+        gram=torch.zeros(width, width, dtype=torch.float64, device=device),
+    )
+
+
+def initial_sketch_directions(
+    key: tuple[int, int], num_features: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return [K, width] bf16 Gaussian directions, addressed by global feature and column."""
+    rows = torch.arange(num_features, dtype=torch.int64, device=device)
+    cols = torch.arange(width, dtype=torch.int64, device=device)
+    return gaussian(key, rows, cols).to(torch.bfloat16)
+
+
+def active_basis(state: BasisState) -> Tensor | None:
+    """Return the basis in use, V [K, r] bf16, or None before the first refresh (no basis, no split)."""
+    return None if state.phase == "empty" else state.v[:, : state.rank]
+
+
+def sketch_directions(state: BasisState) -> Tensor:
+    """Return the directions of the next sketch, [K, q] bf16 until warm, [K, r] then."""
+    return state.v[:, : state.num_sketch_columns]
+
+
+def wants_sketch(state: BasisState, step: int, refresh_interval_steps: int) -> bool:
+    """Return whether backward of optimizer step `step` (from 0) must sketch.
+
+    True while cold starting, at the last step of every interval, and while an earlier sketch waits for more
+    rows.
+    """
+    return (
+        state.phase != "warm"
+        or state.row_count > 0
+        or step % refresh_interval_steps == refresh_interval_steps - 1
+    )
+
+
+def minimum_rows(rank: int, oversample: int) -> int:
+    """Return the rows below which token sketches wait for more: 4 (r + oversample)."""
+    return ROWS_PER_COLUMN * (rank + oversample)
+
+
+def num_sampled_rows(num_window_tokens: int, row_sample_fraction: float, rank: int, oversample: int) -> int:
+    """Return the rows wanted of the l tokens of a step: min(l, max(ceil(fraction l), 4 (r + oversample)))."""
+    # Rounded first: 0.07 * 100 is 7.000000000000001 in binary and must not become 8.
+    by_fraction = math.ceil(round(row_sample_fraction * num_window_tokens, 6))
+    return min(num_window_tokens, max(by_fraction, minimum_rows(rank, oversample)))
+
+
+def sample_probability(num_rows: int, num_window_tokens: int) -> float:
+    """Return the Bernoulli probability that samples at least n of the l tokens, except once in 3e4.
+
+    min(1, (n + 4 sqrt(n)) / l). Aiming at n itself would fall short of the minimum, and delay a refresh,
+    half of the time.
+    """
+    return min(1.0, (num_rows + SAMPLE_MARGIN_SIGMAS * math.sqrt(num_rows)) / num_window_tokens)
+
+
+def bernoulli_rows(key: tuple[int, int], position: NoisePosition, rows: Tensor, probability: float) -> Tensor:
+    """Return the mask of rows whose hash of (step, microbatch, row) is below probability * 2^32.
+
+    rows: [R] int64 global row indices, any subset in any order. Returns [R] bool; a row's fate is its own.
+    """
+    return uniform_hash(key, position, rows) < round(probability * _HASH_RANGE)
+
+
+def pinned_rows(rows: Tensor, row_amax: Tensor, num_pinned_rows: int) -> Tensor:
+    """Return the mask of the num_pinned_rows rows of largest amax; equal amaxes go to the lower row index.
+
+    rows: [M] int64 global row indices of one *whole* microbatch, any order; row_amax: [M], maxima over the
+    whole feature axis (reduced over ranks that share it). Returns [M] bool.
+    """
+    by_index = torch.argsort(rows)
+    by_amax = torch.argsort(row_amax[by_index], descending=True, stable=True)
+    mask = torch.zeros_like(rows, dtype=torch.bool)
+    mask[by_index[by_amax[:num_pinned_rows]]] = True
+    return mask
+
+
+def sample_rows(
+    key: tuple[int, int],
+    position: NoisePosition,
+    rows: Tensor,
+    row_amax: Tensor,
+    *,
+    probability: float,
+    num_pinned_rows: int,
+) -> Tensor:
+    """Return the mask of rows of one microbatch to sketch: a Bernoulli sample, or pinned by their amax.
+
+    rows, row_amax: [M], the whole microbatch (see `pinned_rows`); a rank that holds some of the tokens
+    gathers the amaxes (M numbers) and takes its rows of the mask. Returns [M] bool.
+    """
+    if rows.shape != row_amax.shape:
+        raise ShapeError(
+            "sample_rows",
+            f"needs one amax per row, received {tuple(rows.shape)} rows and {tuple(row_amax.shape)} maxima",
+        )
+    return bernoulli_rows(key, position, rows, probability) | pinned_rows(rows, row_amax, num_pinned_rows)
+
+
+def sketch(x_nK: Tensor, b_nq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (Z, gram) = (x_s^T B, B^T B) in float64.
+
+    x_nK: [n, K] sampled rows, any float dtype, K may be a shard; b_nq: [n, q] = x_s V over the *whole*
+    feature axis, float64 (`projector.coefficients`, or its tree sum over ranks). Returns [K, q] and [q, q]
+    float64; n = 0 gives zeros. gram is the same on every rank that shares the features: count it once.
+    """
+    b_nq = b_nq.to(torch.float64)
+    return x_nK.to(torch.float64).T @ b_nq, b_nq.T @ b_nq
+
+
+def accumulate(state: BasisState, z_Kq: Tensor, gram_qq: Tensor, row_count: int) -> BasisState:
+    """Return the state with a sketch of `row_count` rows added to its accumulator.
+
+    z_Kq, gram_qq: of `sketch` with `sketch_directions(state)`, summed over the ranks that hold different
+    tokens.
+    """
+    columns = state.num_sketch_columns
+    if z_Kq.shape != (state.z.shape[0], columns) or gram_qq.shape != (columns, columns):
+        raise ShapeError(
+            "accumulate",
+            f"a {state.phase} basis takes z [{state.z.shape[0]}, {columns}] and gram [{columns}, {columns}], "
+            f"received {tuple(z_Kq.shape)} and {tuple(gram_qq.shape)}",
+        )
+    z, gram = state.z.clone(), state.gram.clone()
+    z[:, :columns] += z_Kq
+    gram[:columns, :columns] += gram_qq
+    return replace(state, z=z, gram=gram, row_count=state.row_count + row_count)
+
+
+def refresh(
+    state: BasisState, step: int, *, refill_key: tuple[int, int], num_rows_needed: int = 1
+) -> BasisState:
+    """Return the state after optimizer step `step`: a new basis if enough rows were sketched.
+
+    num_rows_needed: `minimum_rows(...)` for tokens, 1 for weights. refill_key: stream of random directions
+    for a rank-deficient sketch. Call it after every step; with too few rows it returns the same state.
+
+    A zero or non-finite sketch keeps v and the phase and counts in num_kept. The accumulator is zero
+    afterwards in either case.
+    """
+    if state.row_count < max(1, num_rows_needed):
+        return state
+    v = _next_basis(state, NoisePosition(step, 0), refill_key)
+    cleared = replace(state, z=torch.zeros_like(state.z), gram=torch.zeros_like(state.gram), row_count=0)
+    if v is None:
+        return replace(cleared, num_kept=state.num_kept + 1)
+    new_v = torch.zeros_like(state.v)
+    new_v[:, : v.shape[1]] = v.to(torch.bfloat16)
+    phase: Literal["cold", "warm"] = "cold" if state.phase == "empty" else "warm"
+    return replace(cleared, phase=phase, v=new_v, last_refresh_step=step)
+
+
+def _next_basis(state: BasisState, position: NoisePosition, refill_key: tuple[int, int]) -> Tensor | None:
+    """The orthonormal float64 columns that the accumulated sketch makes, or None to keep the old ones."""
+    if not bool(torch.isfinite(state.gram).all()):
+        return None
+    columns = state.num_sketch_columns
+    z = state.z[:, :columns]
+    if state.phase == "cold":
+        columns = state.rank
+        z = z @ _ritz_rotation(state.gram, columns)
+    v = orthonormalize(z, refill_key=refill_key, num_columns=columns, position=position).v
+    if v is None or state.phase != "empty":
+        return v
+    return order_by_energy(v, z)
+
+
+def _ritz_rotation(gram_qq: Tensor, rank: int) -> Tensor:
+    """Leading eigenvectors of gram, [q, k <= rank], descending; those without energy are left to the refill.
+
+    Directions at rounding level would be scaled up to unit length and differ from layout to layout.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram_qq)
+    top = eigenvalues.flip(0)[:rank]
+    keep = top > noise_level(gram_qq.shape[0]) * top[0]
+    return with_fixed_signs(eigenvectors.flip(1)[:, :rank][:, keep])
+
+
+def state_tensors(state: BasisState) -> dict[str, Tensor]:
+    """Return the state as tensors for a checkpoint; in v and z the feature axis comes first.
+
+    counters: [5] int64 = phase (0 empty, 1 cold, 2 warm), rank, row_count, last_refresh_step, num_kept.
+    """
+    counters = [
+        _PHASES.index(state.phase),
+        state.rank,
+        state.row_count,
+        state.last_refresh_step,
+        state.num_kept,
+    ]
+    return {
+        "v": state.v,
+        "z": state.z,
+        "gram": state.gram,
+        "counters": torch.tensor(counters, dtype=torch.int64),
+    }
+
+
+def state_from_tensors(tensors: dict[str, Tensor]) -> BasisState:
+    """Return the state that `state_tensors` wrote."""
+    phase, rank, row_count, last_refresh_step, num_kept = (int(c) for c in tensors["counters"])
+    return BasisState(
+        phase=_PHASES[phase],
+        rank=rank,
+        v=tensors["v"],
+        z=tensors["z"],
+        gram=tensors["gram"],
+        row_count=row_count,
+        last_refresh_step=last_refresh_step,
+        num_kept=num_kept,
+    )
