@@ -342,7 +342,7 @@ def test_second_cold_step_picks_the_strongest_of_all_sketch_directions() -> None
     first, second = u * sigma @ v.T, u * sigma.flip(0) @ v.T
     last = _train(empty_state(KEY, 96, RANK, OVERSAMPLE), lambda step: (first, second)[step], 2)[-1]
     optimal = float(sigma[RANK:].norm())
-    assert _residual_norm(second, last) < 1.01 * optimal  # measured 1.0003
+    assert _residual_norm(second, last) < 1.01 * optimal  # measured 1.0001
     assert _residual_norm(first, last) > 2 * optimal
 
 
