@@ -52,12 +52,3 @@ def random_hadamard_16(x: Tensor) -> Tensor:
         second.copy_(difference)
         stride *= 2
     return tiles.mul_(RHT_SCALE).to(torch.bfloat16).flatten(-2)
-
-
-def hadamard_matrix(device: torch.device | None = None) -> Tensor:
-    """Return R as a float64 [16, 16] matrix: `random_hadamard_16(x) = bf16(tile @ R)` but for rounding."""
-    rows = [
-        [sign * RHT_SCALE * (-1) ** (i & j).bit_count() for j in range(RHT_SIZE)]
-        for i, sign in enumerate(RHT_SIGN_VECTOR)
-    ]
-    return torch.tensor(rows, dtype=torch.float64, device=device)

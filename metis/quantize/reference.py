@@ -29,6 +29,8 @@ from metis.formats import (
     FLOAT32_MAX,
     FOUR_OVER_SIX_E4M3_BOUND,
     NVFP4_BLOCK_SIZE,
+    RHT_SIGN_VECTOR,
+    RHT_SIZE,
 )
 
 _F = np.float32
@@ -146,6 +148,43 @@ def reference_dequantize(quantized: ReferenceQuantized, block_shape: tuple[int, 
             factor = (_F(reference_e4m3_value(int(byte))) * quantized.amax) * reciprocal
             out[row, col] = _code_value(int(quantized.codes[row, col])) * factor
     return out
+
+
+def reference_hadamard_matrix() -> np.ndarray:
+    """Return R, float64 [16, 16]: `R[i, j] = sign[i] * (-1)^popcount(i & j) / 4`."""
+    return np.array(
+        [
+            [sign * (-1) ** (i & j).bit_count() / 4 for j in range(RHT_SIZE)]
+            for i, sign in enumerate(RHT_SIGN_VECTOR)
+        ]
+    )
+
+
+def reference_hadamard_16(x: np.ndarray) -> np.ndarray:
+    """Rotate tiles of 16 along the last axis of an fp32 [R, C] array: fp32 butterflies, then bf16.
+
+    Returns an fp32 array of bf16 values. Finite inputs only.
+    """
+    out = np.zeros(x.shape, dtype=np.float32)
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], RHT_SIZE):
+            tile = [_F(sign) * x[row, start + i] for i, sign in enumerate(RHT_SIGN_VECTOR)]
+            for stride in (1, 2, 4, 8):
+                tile = [
+                    tile[i] + tile[i + stride] if (i // stride) % 2 == 0 else tile[i - stride] - tile[i]
+                    for i in range(RHT_SIZE)
+                ]
+            out[row, start : start + RHT_SIZE] = [reference_bf16(value * _F(0.25)) for value in tile]
+    return out
+
+
+def reference_bf16(value: np.float32) -> np.float32:
+    """Round a finite fp32 number to bf16 (nearest, ties to even) on its bits."""
+    bits = int(np.float32(value).view(np.uint32))
+    upper, rest = bits >> 16, bits & 0xFFFF
+    if rest > 0x8000 or (rest == 0x8000 and upper % 2 == 1):
+        upper += 1
+    return np.uint32(upper << 16).view(np.float32)
 
 
 def _blocks(x: np.ndarray, block_shape: tuple[int, int]) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:

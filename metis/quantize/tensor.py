@@ -88,8 +88,9 @@ class QuantizedTensor:
         return pack_codes(self.codes())
 
     def block_scale_bytes(self) -> Tensor:
-        """Return the E4M3 bytes of `block_scale`, uint8 of the same shape."""
-        return self.block_scale.to(torch.float8_e4m3fn).view(torch.uint8)
+        """Return the E4M3 bytes of `block_scale`, uint8 of the same shape; NaN is 0x7F."""
+        # A scale is never negative; only a NaN can bring a sign bit.
+        return self.block_scale.to(torch.float8_e4m3fn).view(torch.uint8) & 0x7F
 
     def operand(self, dtype: torch.dtype) -> Tensor:
         """Return `e2m1 * block_scale` [R, C], no tensor scale in it: exact in bf16, fp16, fp32, fp64."""
