@@ -1,0 +1,1 @@
+"""The method inside megatron-core: parallel linears, layer spec, attention, norms, loss, initialisation."""
