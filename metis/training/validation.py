@@ -123,7 +123,7 @@ def _check_shape(args: Namespace) -> None:
 
 def _check_vocabulary(args: Namespace) -> None:
     """Set padded_vocab_size where the command line alone decides it; `preflight` does the rest."""
-    if args.vocab_size is None or args.padded_vocab_size is not None:
+    if args.vocab_size is None:
         return
     if args.tokenizer_type in (None, "NullTokenizer"):
         set_padded_vocab_size(args, args.vocab_size + (args.tokenizer_type == "NullTokenizer"))
