@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from metis.errors import ConfigError, ShapeError
 from metis.formats import E2M1_MAGNITUDES, E2M1_MIDPOINTS, FLOAT32_MAX
-from metis.quantize import QuantizedTensor, gemm_alpha, pack_codes, quantize, tensor_amax, unpack_codes
+from metis.quantize import (
+    QuantizedTensor,
+    gemm_alpha,
+    pack_codes,
+    quantize,
+    random_hadamard_16,
+    tensor_amax,
+    unpack_codes,
+)
 from metis.quantize.reference import (
     reference_dequantize,
     reference_e2m1_rne,
@@ -21,6 +29,7 @@ from metis.quantize.reference import (
     reference_e4m3_value,
     reference_quantize,
 )
+from metis.rng import NoisePosition, gaussian, random_words, stream_key
 from metis.rounding import codes_to_values, round_to_e2m1_rne, round_to_e4m3, values_to_codes
 
 BLOCK_SHAPES = [(1, 16), (16, 16)]
@@ -294,6 +303,31 @@ def test_input_is_left_alone():
     for four_over_six in (None, "mae"):
         quantize(x, block_shape=(16, 16), four_over_six=four_over_six)
     assert_bitwise_equal(x, before, "input")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("block_shape", BLOCK_SHAPES)
+def test_gpu_gives_the_bits_of_the_cpu(block_shape):
+    key, position = stream_key(1, "gpu"), NoisePosition(2, 3)
+    for name, x in special_inputs().items():
+        rows, cols = torch.arange(x.shape[0]), torch.arange(x.shape[1])
+        words = random_words(key, position, rows, cols)
+        gpu_words = random_words(key, position, rows.cuda(), cols.cuda())
+        assert_bitwise_equal(gpu_words.cpu(), words, "words")
+        for options in ({}, {"four_over_six": "mae"}, {"rounding": "stochastic"}):
+            noise = {"noise_words": words} if "rounding" in options else {}
+            gpu_noise = {"noise_words": gpu_words} if "rounding" in options else {}
+            on_cpu = quantize(x, block_shape=block_shape, **options, **noise)
+            on_gpu = quantize(x.cuda(), block_shape=block_shape, **options, **gpu_noise)
+            for part in ("codes", "block_scale_bytes"):
+                actual, expected = getattr(on_gpu, part)().cpu(), getattr(on_cpu, part)()
+                assert_bitwise_equal(actual, expected, f"{name} {options} {part}")
+            if name not in ("nan", "inf", "largest", "huge"):  # NaN payloads may differ
+                decoded = on_gpu.dequantize().cpu()
+                assert_bitwise_equal(decoded, on_cpu.dequantize(), f"{name} {options} decoded")
+                rotated = random_hadamard_16(x.cuda()).cpu()
+                assert_bitwise_equal(rotated, random_hadamard_16(x), f"{name} rotated")
+        assert torch.equal(gaussian(key, rows.cuda(), cols.cuda()).cpu(), gaussian(key, rows, cols))
 
 
 @pytest.mark.parametrize(
