@@ -57,7 +57,8 @@ def preflight(args: Namespace) -> None:
     for option, prefix in data_prefixes(args):
         code, num_tokens = check_indexed_dataset(option, prefix)
         check_tokens_fit(args, prefix, code, num_tokens, vocab_size)
-    _check_directories(args)
+    if not args.print_config:  # printing a configuration creates nothing
+        _check_directories(args)
     _check_checkpoint(args)
 
 

@@ -256,6 +256,11 @@ def test_directory_is_created_or_refused(tmp_path, data, option, tail):
     assert error.where == option and "Not a directory" in error.message
 
 
+def test_print_config_creates_nothing(tmp_path, data):
+    check(f"--data-path {data} {NULL} --save {tmp_path}/new --save-interval 5 --print-config")
+    assert not (tmp_path / "new").exists()
+
+
 def test_metrics_file_must_not_be_a_directory(tmp_path, data):
     assert "add a file name" in refusal(f"--data-path {data} {NULL} --metrics-file {tmp_path}").message
 
