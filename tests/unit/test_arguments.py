@@ -5,9 +5,9 @@ parameter counts, and FLOPs added up matrix by matrix.
 """
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from metis.training.foreign_options import IGNORED, REFUSED, REFUSED_PREFIXES
 from metis.training.options import OPTIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ERROR_LIMIT_SECONDS = 2.0  # measured 0.2 s on 2 shared cores
+ERROR_LIMIT_SECONDS = 2.0  # of processor time, so that a busy machine does not count; measured 0.3 s
 
 # (default, options with that default; OPTION>DEST where dest is not the option's own name)
 # fmt: off
@@ -343,8 +343,10 @@ def run_script(options: str) -> subprocess.CompletedProcess:
 
 def test_nothing_slow_is_imported_and_an_error_comes_at_once():
     assert run_script(TINY + " --recipe metis").returncode == 0
-    start = time.monotonic()
+    before = os.times()
     result = run_script(TINY + " --hidden-sice 3")
-    assert time.monotonic() - start < ERROR_LIMIT_SECONDS
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < ERROR_LIMIT_SECONDS
     assert result.returncode == 2
     assert result.stderr.startswith("error: --hidden-sice: ") and result.stderr.count("\n") == 1
