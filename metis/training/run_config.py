@@ -1,0 +1,252 @@
+"""`run_config.json`: what a checkpoint is, readable without torch.
+
+One idea: the questions asked of a checkpoint before anything is loaded (is it this model, this recipe, this
+policy? which options made it?) need names and numbers only, so they are answered from a JSON file beside
+the shards, in milliseconds. `common.pt` keeps the same arguments in the reference trainer's form.
+
+Traps: checkpoints of other trainers have no such file, then `common.pt` speaks for the model and the recipe
+is not compared. The padded vocabulary depends on the tensor-parallel size and is therefore not part of the
+model's identity.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from metis.errors import CheckpointError
+from metis.training.retention import find_checkpoint
+
+RUN_CONFIG_NAME = "run_config.json"
+FORMAT = 1
+
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "swiglu",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+    "apply_layernorm_1p",
+)
+"""Which tensors there are and their sizes: must agree whenever weights are loaded."""
+
+BEHAVIOUR_FIELDS = (
+    "norm_epsilon",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "tokenizer_type",
+)
+"""What the same tensors mean: must agree on resume; `--finetune` may change them."""
+
+DESCRIPTIVE_FIELDS = (
+    "seq_length",
+    "max_position_embeddings",
+    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
+)
+PARALLEL_FIELDS = (
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+    "device",
+)
+TRAINING_FIELDS = (
+    "recipe",
+    "policy",
+    "params_dtype_name",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "train_samples",
+    "lr",
+    "seed",
+    "tokenizer_model",
+    "transformer_impl",
+)
+_PACKAGES = ("torch", "megatron-core", "metis-fp4", "transformer-engine", "numpy")
+
+
+def build_run_config(
+    args: Namespace, iteration: int, optimizer_sharding: str, versions: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the content of `run_config.json` for a checkpoint of `args` at `iteration`.
+
+    `optimizer_sharding` is `fully_reshardable`, `dp_reshardable` or `none` (no optimizer state, or one that
+    the distributed optimizer does not own). Options that `args` lacks are left out.
+    """
+    return {
+        "format": FORMAT,
+        "iteration": iteration,
+        "model": _select(args, SHAPE_FIELDS + BEHAVIOUR_FIELDS + DESCRIPTIVE_FIELDS),
+        "recipe": getattr(args, "resolved_recipe", None),
+        "policy": getattr(args, "resolved_policy", None),
+        "parallel": _select(args, PARALLEL_FIELDS),
+        "training": _select(args, TRAINING_FIELDS),
+        "versions": dict(versions) if versions is not None else installed_versions(),
+        "optimizer_sharding": optimizer_sharding,
+    }
+
+
+def _select(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide numerics, as far as installed."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """Return `config` as indented JSON with a final newline."""
+    return json.dumps(config, indent=2, sort_keys=False, allow_nan=True) + "\n"
+
+
+def read_run_config(directory: Path) -> dict[str, Any] | None:
+    """Return the run config of one checkpoint directory, or None when another trainer wrote the checkpoint.
+
+    Raises CheckpointError when the file is there but cannot be read, or is of a newer format.
+    """
+    path = directory / RUN_CONFIG_NAME
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), f"must be a readable JSON file, received: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        received = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(
+            str(path),
+            f"must have format {FORMAT}, received {received!r}; use the metis version that wrote it",
+        )
+    return config
+
+
+def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, finetune: bool) -> None:
+    """Raise CheckpointError naming every field in which the checkpoint and this run are different models or
+    recipes.
+
+    `stored` is a run config. Shapes must always agree; meanings (RoPE base, norm epsilon, tokenizer),
+    recipe and policy must agree unless `finetune`. A field is compared only where both sides know it.
+    """
+    fields = SHAPE_FIELDS if finetune else SHAPE_FIELDS + BEHAVIOUR_FIELDS
+    model = stored.get("model") or {}
+    requested = _select(args, fields)
+    _refuse(
+        where,
+        "model",
+        {name: model[name] for name in fields if name in model},
+        requested,
+        "--use-checkpoint-args",
+    )
+    if finetune:
+        return
+    for kind in ("recipe", "policy"):
+        wanted = getattr(args, f"resolved_{kind}", None)
+        if stored.get(kind) is not None and wanted is not None:
+            # JSON turns tuples into lists, so both sides take that form before they are compared.
+            as_stored = json.loads(json.dumps(wanted))
+            _refuse(where, kind, stored[kind], as_stored, "--finetune to start a new run from these weights")
+
+
+def _refuse(where: str, kind: str, stored: Any, requested: Any, remedy: str) -> None:
+    differences = list(describe_differences(stored, requested, both_sides=kind == "model"))
+    if differences:
+        shown = "; ".join(differences[:6]) + (
+            f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
+        )
+        raise CheckpointError(
+            where,
+            f"is a checkpoint of another {kind}: {shown}; give the run the stored values, or pass {remedy}",
+        )
+
+
+def describe_differences(
+    stored: Any, requested: Any, *, both_sides: bool = False, path: str = ""
+) -> Iterator[str]:
+    """Yield `name.of.field stored A, requested B` for every leaf that differs; `both_sides` skips one-sided
+    keys.
+    """
+    if isinstance(stored, Mapping) and isinstance(requested, Mapping):
+        for key in sorted(stored.keys() | requested.keys(), key=str):
+            if both_sides and (key not in stored or key not in requested):
+                continue
+            inner = f"{path}.{key}" if path else str(key)
+            yield from describe_differences(
+                stored.get(key), requested.get(key), both_sides=both_sides, path=inner
+            )
+    elif stored != requested:
+        yield f"{path or 'value'} stored {stored!r}, requested {requested!r}"
+
+
+def load_args_from_checkpoint(args: Namespace, given: set[str]) -> None:
+    """Take the model (and, if asked, the layout) of `args` from the checkpoint in `--load`:
+    `--use-checkpoint-args`.
+
+    `given` holds the dest names that the command line set; those win. `--use-mp-args-from-checkpoint-args`
+    adds the tensor, pipeline and virtual pipeline sizes; `--no-use-tokenizer-model-from-checkpoint-args`
+    leaves the tokenizer's file alone. Recipe and policy are taken over by name. Needs neither torch nor
+    megatron.
+
+    Raises CheckpointError without `--load`, without a checkpoint there, or when it has no run config.
+    """
+    if not getattr(args, "load", None):
+        raise CheckpointError(
+            "--use-checkpoint-args", "needs a checkpoint to read, received no --load; pass --load DIR"
+        )
+    found = find_checkpoint(args.load, getattr(args, "ckpt_step", None))
+    if found is None:
+        raise CheckpointError(
+            "--use-checkpoint-args", f"--load must hold a checkpoint, received none in {args.load}"
+        )
+    config = read_run_config(found[0])
+    if config is None:
+        raise CheckpointError(
+            str(found[0] / RUN_CONFIG_NAME), "is missing, so --use-checkpoint-args has nothing to read"
+        )
+    taken = {
+        name: value
+        for name, value in config["model"].items()
+        if name not in ("padded_vocab_size", "tokenizer_type")
+    }
+    training = config["training"]
+    taken.update({name: training[name] for name in ("recipe", "policy") if name in training})
+    taken["tokenizer_type"] = config["model"].get("tokenizer_type")
+    if getattr(args, "use_tokenizer_model_from_checkpoint_args", True):
+        taken["tokenizer_model"] = training.get("tokenizer_model")
+    if getattr(args, "use_mp_args_from_checkpoint_args", False):
+        taken.update({name: config["parallel"].get(name) for name in PARALLEL_FIELDS[1:4]})
+    for name, value in taken.items():
+        if name not in given and (value is not None or not hasattr(args, name)):
+            setattr(args, name, value)
