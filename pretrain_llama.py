@@ -33,9 +33,7 @@ def main() -> int:
     if args.rank == 0:
         print_args(args)
 
-    import torch.distributed as dist
-
-    from metis.training.initialize import initialize
+    from metis.training.initialize import initialize, shut_down
 
     try:
         initialize(args)
@@ -45,8 +43,7 @@ def main() -> int:
     except MetisError as error:
         report_and_exit(error)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        shut_down()
 
 
 if __name__ == "__main__":

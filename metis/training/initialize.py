@@ -76,7 +76,9 @@ def _initialize_distributed(args: Namespace) -> None:
     from megatron.core import parallel_state
 
     timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-    if args.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if dist.is_initialized():
+        pass  # a caller that makes several runs in one process group
+    elif args.world_size == 1 and "MASTER_ADDR" not in os.environ:
         # Alone and started without a launcher: no port to agree on, and none to collide with.
         dist.init_process_group(
             args.distributed_backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -112,3 +114,14 @@ def _set_seeds(args: Namespace) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down(*, keep_process_group: bool = False) -> None:
+    """Undo `initialize`: drop model-parallel groups, calculators and, unless kept, the process group."""
+    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    rerun_state_machine.destroy_rerun_state_machine()
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized() and not keep_process_group:
+        dist.destroy_process_group()

@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,6 +37,7 @@ from metis.policy import linear_paths, resolve_policy
 from metis.recipes import resolve_recipe
 from metis.training.outputs import print_rank_0
 
+SHARDED_DIMS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -156,6 +162,7 @@ def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> 
         chunks.append(_chunk(args, config, spec, vp_stage))
     if args.device == "cuda":
         chunks = [chunk.cuda() for chunk in chunks]
+    _mark_sharded_weights(chunks)
     initialize_parameters(chunks, seed=args.seed, config=config)
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -164,6 +171,15 @@ def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> 
     if args.bf16 or args.fp16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     return _data_parallel(args, config, chunks) if wrap else chunks
+
+
+def _mark_sharded_weights(chunks: list[nn.Module]) -> None:
+    """Record on each weight how tensor parallelism cuts it; the engine does so only when it fills weights."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            dim = next((dim for cls, dim in SHARDED_DIMS.items() if isinstance(module, cls)), None)
+            if dim is not None and module.weight is not None and not hasattr(module.weight, "partition_dim"):
+                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def _layer_spec(
