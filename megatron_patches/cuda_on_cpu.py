@@ -60,8 +60,6 @@ class CudaMeansCpu(TorchFunctionMode):
         if func in _SPECIAL:
             if func == torch.Tensor.to:
                 args = tuple("cpu" if _is_cuda(value) else value for value in args)
-            elif func == torch.Tensor.record_stream:
-                return None
             elif func == torch.Tensor.type:
                 name = func(*args, **kwargs)
                 if is_type_query(func, args, kwargs) and called_from_engine(1):
@@ -77,7 +75,6 @@ _SPECIAL = frozenset(
         torch.Tensor.to,
         torch.Tensor.cuda,
         torch.Tensor.pin_memory,
-        torch.Tensor.record_stream,
         torch.Tensor.type,
     }
 )
@@ -195,6 +192,7 @@ _STUBS: dict[str, Callable[..., Any] | type] = {
     "torch.cuda.nvtx.range_push": _nothing,
     "torch.cuda.nvtx.range_pop": _nothing,
     "torch.cuda.nvtx.range": _no_context,
+    "torch.Tensor.record_stream": _nothing,  # not in the mode: torch parses the stream argument first
 }
 
 
