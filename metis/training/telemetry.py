@@ -20,14 +20,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.timers import Timers
 
 from metis.training.metrics_file import MetricsFile
 from metis.training.outputs import print_rank_last, rank_and_size, report_memory
 from metis.training.state import TrainState
+
+if TYPE_CHECKING:
+    from megatron.core.timers import Timers
 
 LM_LOSS = "lm loss"
 INTERVAL_TIMER = "interval-time"

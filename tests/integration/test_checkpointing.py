@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -501,6 +502,17 @@ def _refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
         path.write_bytes(whole[: len(whole) // 2])
         messages[name] = attempt()
         path.write_bytes(whole)
+    (directory / RUN_CONFIG_NAME).unlink()  # as another trainer's checkpoint: the stored arguments speak
+    messages["foreign"] = attempt(num_layers=6, resolved_recipe=other_recipe)
+    foreign = Session(folder, world_size, {}, resolved_recipe=other_recipe)
+    assert foreign.load() and foreign.state.iteration == 2
+
+    shutil.copytree(directory, Path(folder) / "release")
+    (Path(folder) / retention.TRACKER_NAME).write_text("release\n")
+    converted = Session(folder, world_size, {})
+    assert converted.load() and converted.state == TrainState() and converted.scheduler.num_steps == 0
+    assert_same_tensors(converted.parameters(), session.parameters())
+
     (Path(folder) / retention.TRACKER_NAME).write_text("2x")
     messages["tracker"] = attempt()
     return messages
@@ -528,6 +540,7 @@ EXPECTED_REFUSALS = {
     "common.pt": ("common.pt", "damaged"),
     ".metadata": (".metadata", "damaged"),
     "__0_0.distcp": ("__0_0.distcp", "damaged", "bytes"),
+    "foreign": ("another model", "num_layers stored 4, requested 6"),
     "tracker": (retention.TRACKER_NAME, "'2x'", "complete checkpoints are 2"),
 }
 
