@@ -19,18 +19,27 @@ Traps:
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import importlib.util
 import os
-import re
 from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from metis.errors import ConfigError, nearest_name
+from metis.training.rank_file import LLAMA3_NUM_SPECIAL_TOKENS, RankFileTokenizer, read_rank_file
+
+__all__ = [
+    "LLAMA3_NUM_SPECIAL_TOKENS",
+    "SENTENCEPIECE_TYPES",
+    "TOKENIZER_TYPES",
+    "RankFileTokenizer",
+    "build_tokenizer",
+    "padded_vocab_size",
+    "read_rank_file",
+    "tokenizer_sha256",
+    "train_sentencepiece",
+]
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer")
@@ -54,19 +63,10 @@ _OPTION_DEFAULTS: dict[str, Any] = {
     "legacy_tokenizer": False,
 }
 
-# The published split patterns: LLaMA-3's, and the two that megatron-core names v1 and v2.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-LLAMA3_NUM_SPECIAL_TOKENS = 256
 _MEGATRON_DEFAULT_NUM_SPECIAL_TOKENS = 1000
-_MIN_RANK_FILE_SPECIAL_TOKENS = 10
 
-# tiktoken's regular expression engine overflows its stack on very long runs without a boundary.
-_MAX_ENCODE_CHARS = 400_000
-_MAX_RUN_CHARS = 25_000
-_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN_CHARS + 1},}}|\S{{{_MAX_RUN_CHARS + 1},}}")
+# SentencePiece skips longer lines when it learns; its own limit of 4192 would skip much of a corpus of prose.
+_MAX_TRAINING_LINE_BYTES = 1 << 16
 
 # Files that decide what a Hugging Face tokenizer directory does with text.
 _HF_FILES = (
@@ -160,6 +160,11 @@ def _check_options(options: Namespace) -> None:
     # A Hugging Face model may be the name of a repository in the local hub cache.
     if not os.path.exists(model) and kind != "HuggingFaceTokenizer":
         raise ConfigError("--tokenizer-model", f"must be an existing file, got {model}; correct the path")
+    if options.tiktoken_special_tokens and kind != "TikTokenizer":
+        raise ConfigError(
+            "--tiktoken-special-tokens", f"only changes TikTokenizer, got {kind}; drop the option"
+        )
+    options.tokenizer_special_tokens = options.tokenizer_special_tokens or options.tiktoken_special_tokens
     if options.legacy_tokenizer and kind != "Llama2Tokenizer":
         raise ConfigError("--legacy-tokenizer", f"only changes Llama2Tokenizer, got {kind}; drop the option")
     package = {"HuggingFaceTokenizer": "transformers", "TikTokenizer": "tiktoken"}.get(kind, "sentencepiece")
@@ -226,7 +231,7 @@ def _build_rank_file_tokenizer(options: Namespace) -> RankFileTokenizer:
         raise ConfigError(
             "--tiktoken-pattern", f"must be llama3, v1 or v2, got {pattern}; choose one of them"
         )
-    if options.tiktoken_special_tokens or options.tokenizer_special_tokens:
+    if options.tokenizer_special_tokens:
         raise ConfigError(
             "--tiktoken-special-tokens",
             "a rank file has LLaMA-3's special tokens; named ones need megatron-core's .json format, "
@@ -240,143 +245,41 @@ def _build_rank_file_tokenizer(options: Namespace) -> RankFileTokenizer:
     return RankFileTokenizer(options.tokenizer_model, pattern=pattern, num_special_tokens=num_special)
 
 
-class RankFileTokenizer:
-    """LLaMA-3's tokenizer: a tiktoken rank file (`base64 rank` per line) followed by reserved special tokens.
+def train_sentencepiece(texts: Iterable[str], output_prefix: str, vocab_size: int) -> str:
+    """Train a BPE SentencePiece model of LLaMA-2's kind on `texts` and return its path,
+    `output_prefix.model`.
 
-    Ids 0..R-1 are the R ranks, R is `<|begin_of_text|>`, R + 1 `<|end_of_text|>` (the end of document), R + 9
-    `<|eot_id|>`. The public file has R = 128000 ranks, hence 128256 ids. Text is encoded as ordinary text: a
-    document that contains the letters `<|end_of_text|>` does not produce that token.
-
-    Raises:
-        ConfigError: a line that is not `base64 rank`, ranks that are not 0..R-1, too few special tokens.
-    """
-
-    def __init__(
-        self, path: str, *, pattern: str = "llama3", num_special_tokens: int = LLAMA3_NUM_SPECIAL_TOKENS
-    ):
-        import tiktoken
-
-        if num_special_tokens < _MIN_RANK_FILE_SPECIAL_TOKENS:
-            raise ConfigError(
-                "--tiktoken-num-special-tokens",
-                f"a rank file needs at least {_MIN_RANK_FILE_SPECIAL_TOKENS}, got {num_special_tokens}; "
-                "raise it",
-            )
-        self.path = path
-        self.pattern = pattern
-        ranks = read_rank_file(path)
-        self.special_tokens = {
-            name: len(ranks) + i for i, name in enumerate(llama3_special_token_names(num_special_tokens))
-        }
-        self.vocab_size = len(ranks) + num_special_tokens
-        self._encoding = tiktoken.Encoding(
-            name=os.path.basename(path),
-            pat_str=_split_pattern(pattern),
-            mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
-        )
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, without begin or end tokens."""
-        ids: list[int] = []
-        for piece in split_long_text(text):
-            ids.extend(self._encoding.encode_ordinary(piece))
-        return ids
-
-    def detokenize(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no valid UTF-8 become the replacement character."""
-        return self._encoding.decode([int(i) for i in ids])
-
-    @property
-    def bos(self) -> int:
-        """Id of `<|begin_of_text|>`."""
-        return self.special_tokens["<|begin_of_text|>"]
-
-    @property
-    def eos(self) -> int:
-        """Id of `<|end_of_text|>`."""
-        return self.special_tokens["<|end_of_text|>"]
-
-    @property
-    def eod(self) -> int:
-        """Id that ends a document: `<|end_of_text|>`."""
-        return self.eos
-
-    @property
-    def pad(self) -> int:
-        """-1: LLaMA-3 has no padding token, and megatron-core masks the loss where a label equals this id."""
-        return -1
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What distinguishes this tokenizer in the description of an index cache."""
-        return OrderedDict(
-            [
-                ("class", f"{type(self).__module__}.{type(self).__qualname__}"),
-                ("tokenizer_path", self.path),
-                ("pattern", self.pattern),
-                ("vocab_size", str(self.vocab_size)),
-            ]
-        )
-
-
-def llama3_special_token_names(count: int) -> list[str]:
-    """Names of LLaMA-3's `count` special tokens in id order (Llama 3 tokenizer, `meta-llama/llama3`)."""
-    reserved = (f"<|reserved_special_token_{i}|>" for i in range(count))
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *(next(reserved) for _ in range(4))]
-    names += ["<|start_header_id|>", "<|end_header_id|>", next(reserved), "<|eot_id|>"]
-    return names + [next(reserved) for _ in range(count - len(names))]
-
-
-def read_rank_file(path: str) -> dict[bytes, int]:
-    """Read a tiktoken rank file: token bytes to rank, ranks 0..R-1.
+    Ids: 0 unknown, 1 BOS, 2 EOS (the end of document), 3 to 258 the bytes, then learned pieces. Text is not
+    normalized: every text without U+2581 decodes to itself, line breaks (as byte pieces) and indentation
+    included.
 
     Raises:
-        ConfigError: naming the line that is not `base64 rank`, or ranks with a gap.
+        ConfigError: a vocabulary that the corpus cannot fill, or no text.
     """
-    where = f"--tokenizer-model {path}"
-    ranks: dict[bytes, int] = {}
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error) as error:
-                raise ConfigError(
-                    where,
-                    f"line {number} must be 'base64 rank', got {line[:40]!r}; give a tiktoken rank file, "
-                    "or a .json vocabulary in megatron-core's format",
-                ) from error
-    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
+    import sentencepiece
+
+    lines = (line for text in texts for line in text.split("\n") if line)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_prefix=output_prefix,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=_MAX_TRAINING_LINE_BYTES,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
         raise ConfigError(
-            where,
-            f"ranks must be 0..R-1 without a gap, got {len(ranks)} distinct tokens; the file is damaged",
-        )
-    return ranks
-
-
-def _split_pattern(name: str) -> str:
-    if name == "llama3":
-        return LLAMA3_PATTERN
-    from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
-
-    return {"v1": tiktoken_tokenizer._PATTERN_TIKTOKEN_V1, "v2": tiktoken_tokenizer._PATTERN_TIKTOKEN_V2}[
-        name
-    ]
-
-
-def split_long_text(text: str) -> Iterator[str]:
-    """Cut `text` where LLaMA-3's own tokenizer cuts it: every 400000 characters, and every 25000 of one run.
-
-    A run is a stretch of only whitespace or only other characters. Shorter texts come back whole.
-    """
-    for start in range(0, len(text), _MAX_ENCODE_CHARS):
-        piece = text[start : start + _MAX_ENCODE_CHARS]
-        begin = 0
-        for run in _LONG_RUN.finditer(piece):
-            for cut in range(run.start() + _MAX_RUN_CHARS, run.end(), _MAX_RUN_CHARS):
-                yield piece[begin:cut]
-                begin = cut
-        yield piece[begin:]
+            "--vocab-size",
+            f"must fit the corpus and --output-prefix be writable, got {vocab_size} and {output_prefix}: "
+            f"{error}",
+        ) from error
+    return output_prefix + ".model"
