@@ -47,6 +47,7 @@ from metis.training.run_config import RUN_CONFIG_NAME, build_run_config, load_ar
 from metis.training.state import TrainState
 
 __all__ = [
+    "close_async_queue",
     "finalize_async_saves",
     "load_args_from_checkpoint",
     "load_checkpoint",

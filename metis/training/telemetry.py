@@ -250,8 +250,7 @@ class TrainingLog:
             self._interval = _Interval()
 
     def _report_memory(self, iteration: int) -> None:
-        interval = getattr(self._args, "log_memory_interval", None)
-        if self._memory_reports < 2 or (interval and iteration % interval == 0):
+        if self._memory_reports < 2:
             self._memory_reports += 1
             report_memory(f"(after {iteration} iterations)")
 
