@@ -127,7 +127,8 @@ def transformer_config(args: Namespace, use_transformer_engine: bool) -> Transfo
         sequence_parallel=args.sequence_parallel,
         overlap_p2p_comm=args.overlap_p2p_comm,
         batch_p2p_comm=not args.overlap_p2p_comm,
-        deallocate_pipeline_outputs=True,
+        # Gloo still reads an output that overlapped sending frees; NCCL's streams keep the order.
+        deallocate_pipeline_outputs=args.distributed_backend == "nccl",
         num_layers_in_first_pipeline_stage=args.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=args.decoder_last_pipeline_num_layers,
         account_for_embedding_in_pipeline_split=args.account_for_embedding_in_pipeline_split,
