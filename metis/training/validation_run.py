@@ -142,7 +142,8 @@ def check_precision(args: Namespace) -> None:
     )
     if args.bf16 and not args.grad_reduce_in_bf16:
         args.accumulate_allreduce_grads_in_fp32 = True
-    args.params_dtype_name = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    names = {"bf16": args.bf16, "fp16": args.fp16, "fp64": args.exact_reductions}
+    args.params_dtype_name = next((name for name, chosen in names.items() if chosen), "fp32")
 
 
 def check_recompute(args: Namespace) -> None:
