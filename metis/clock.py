@@ -29,6 +29,15 @@ class TrainingClock:
         self.num_tokens_per_step = num_tokens_per_step
         self._microbatch: ContextVar[int] = ContextVar("metis_microbatch", default=0)
 
+    def __getstate__(self) -> dict[str, int]:
+        # A ContextVar can be neither copied nor pickled; a copied clock gets one of its own.
+        return {**vars(self), "_microbatch": self._microbatch.get()}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(state["seed"], state["num_tokens_per_step"])  # type: ignore[misc]
+        self.step = state["step"]
+        self._microbatch.set(state["_microbatch"])
+
     def begin_step(self, step: int, num_tokens_per_step: int) -> None:
         """Enter optimizer step `step`."""
         self.step = step

@@ -78,7 +78,6 @@ def compute_dtype(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
 
 def _multiply(
     plan: LinearPlan,
-    gemm: str,
     left: tuple[Tensor, str, Axis, Axis, bool],
     right: tuple[Tensor, str, Axis, Axis, bool],
     accumulate: torch.dtype,
@@ -115,7 +114,6 @@ def fprop(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype)
     w = plan.split(w_NK, recipe.fprop_weight, plan.v_weight, plan.out_features, plan.in_features)
     y = _multiply(
         plan,
-        "fprop",
         (x.residual, "fprop_input", plan.tokens, plan.in_features, False),
         (w.residual, "fprop_weight", plan.out_features, plan.in_features, False),
         accumulate,
@@ -134,7 +132,6 @@ def dgrad(g_MN: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype)
     w = plan.split(w_NK, recipe.dgrad_weight, plan.v_weight, plan.out_features, plan.in_features)
     dx = _multiply(
         plan,
-        "dgrad",
         (g.residual, "dgrad_grad_output", plan.tokens, plan.out_features, False),
         (w.residual.t(), "dgrad_weight", plan.in_features, plan.out_features, False),
         accumulate,
@@ -153,7 +150,6 @@ def wgrad(g_MN: Tensor, x_MK: Tensor, plan: LinearPlan, accumulate: torch.dtype)
     x = plan.split(x_MK, recipe.wgrad_input, plan.v_input, plan.tokens, plan.in_features)
     dw = _multiply(
         plan,
-        "wgrad",
         (g.residual.t(), "wgrad_grad_output", plan.out_features, plan.tokens, True),
         (x.residual.t(), "wgrad_input", plan.in_features, plan.tokens, True),
         accumulate,
@@ -162,7 +158,7 @@ def wgrad(g_MN: Tensor, x_MK: Tensor, plan: LinearPlan, accumulate: torch.dtype)
         right = product(x.residual.t(), g.p.t(), accumulate)  # (P_g^T R_x)^T, [K, r]
         if x.p is not None:
             right += product(x.v, _thin(g.p.t(), x.p.t(), accumulate, c), accumulate)
-        dw += product(g.v, right.to(c), accumulate)
+        dw += product(g.v, right if accumulate == torch.float64 else right.to(c), accumulate)
     if x.p is not None:
         dw += product(_thin(g.residual.t(), x.p.t(), accumulate, c), x.v, accumulate)
     return dw

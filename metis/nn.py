@@ -11,7 +11,7 @@ before step t began.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from metis.clock import TrainingClock
-from metis.config import BasisConfig, Recipe
+from metis.config import BasisConfig, Recipe, ReparametrisationConfig
 from metis.decompose import basis as algebra
-from metis.errors import ShapeError
+from metis.errors import ConfigError, ShapeError
 from metis.functional import LinearPlan, quantized_linear
 from metis.operand import Axis, coefficients
+from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition, stream_key
 
 OPERANDS = ("input", "weight", "grad_output")
@@ -249,7 +250,9 @@ class LinearCore(nn.Module):
         clock, position = self.clock, self.clock.position
         active = {f"v_{name}": basis.active for name, basis in self.bases.items()}  # type: ignore[operator]
         sketching = [
-            name for name, basis in self.bases.items() if name != "weight" and basis.wants_sketch(clock.step)
+            name
+            for name, basis in self.bases.items()
+            if self.training and name != "weight" and basis.wants_sketch(clock.step)
         ]
         window = clock.num_tokens_per_step
 
@@ -309,6 +312,12 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
 
 
 def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:
+    for setting, rank in _quantized_ranks(recipe, in_features, out_features):
+        if rank % 16:
+            raise ConfigError(
+                f"{layer}: recipe {recipe.name!r}: {setting}",
+                f"must give a multiple of 16 columns where NVFP4 blocks run along the rank, received {rank}",
+            )
     if not recipe.is_quantized:
         return
     for name, axis in (("in_features", in_features), ("out_features", out_features)):
@@ -320,6 +329,18 @@ def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features:
                 f"{per_part}; "
                 "change the size or the tensor-parallel size, or keep this layer in bf16 with a policy",
             )
+
+
+def _quantized_ranks(recipe: Recipe, in_features: Axis, out_features: Axis) -> Iterator[tuple[str, int]]:
+    """Yield (setting, columns) of every head whose factors are themselves quantised."""
+    for operand in OPERANDS:
+        split = getattr(recipe, f"{operand}_split")
+        if split is not None and split.head_format == "literal":
+            features = out_features if operand == "grad_output" else in_features
+            yield f"rank of the {operand} split", split.rank.columns(features.size)
+    factors = recipe.reparametrisation
+    if factors is not None and factors.factor_quantizer is not None:
+        yield "reparametrisation.rank", factors.rank.columns(in_features.size)
 
 
 def _check_tokens(layer: str, tokens: Axis) -> None:
@@ -336,7 +357,9 @@ def _check_tokens(layer: str, tokens: Axis) -> None:
 class MetisLinear(nn.Module):
     """Drop-in for `torch.nn.Linear` that computes by a recipe; one rank, torch only.
 
-    Call `after_step()` once after every optimizer step: it advances the clock and renews the bases.
+    Call `after_step()` once after every optimizer step: it advances the clock and renews the bases. The
+    recipe `bf16` is `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of
+    the initial weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it.
     Raises ShapeError when a size is no multiple of 16, on construction for features and in training for
     tokens.
     """
@@ -366,13 +389,29 @@ class MetisLinear(nn.Module):
             clock=self.clock,
             device=device or "cpu",
         )
+        self.factors: FactorPath | None = None
+        if recipe.reparametrisation is not None:
+            self._reparametrise(recipe, recipe.reparametrisation)
+
+    @torch.no_grad()
+    def _reparametrise(self, recipe: Recipe, config: ReparametrisationConfig) -> None:
+        axes = {"in_features": self.core.in_features, "out_features": self.core.out_features}
+        self.factors = FactorPath(config=config, amax_scope=recipe.amax_scope, **axes)
+        rank = config.rank.columns(self.core.in_features.size)
+        u, s, v, residual = split_by_svd(self.weight, rank, self.weight.dtype)
+        self.u, self.s, self.v = nn.Parameter(u), nn.Parameter(s), nn.Parameter(v)
+        self.weight.copy_(residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x w^T + bias; x: [..., K]; rows in the order of `x.flatten(0, -2)` are the tokens."""
+        if self.core.recipe.is_high_precision:
+            return nn.functional.linear(x, self.weight, self.bias)
         x_MK = x.reshape(-1, x.shape[-1])
         if self.training and self.owns_clock:
             self.clock.num_tokens_per_step = max(self.clock.num_tokens_per_step, x_MK.shape[0])
         y = self.core(x_MK, self.weight, Axis.whole(x_MK.shape[0]))
+        if self.factors is not None:
+            y = y + self.factors(x_MK, self.u, self.s, self.v)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
 

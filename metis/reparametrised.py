@@ -21,21 +21,30 @@ import torch
 from torch import Tensor
 
 from metis.config import QuantizerConfig, ReparametrisationConfig
+from metis.errors import ConfigError
 from metis.gemm import product
 from metis.operand import Axis, encode
 
 
-def split_by_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (u [N, r], s [r], v [K, r], residual [N, K]) in fp32 with weight = u diag(s) v^T + residual.
+def split_by_svd(
+    weight: Tensor, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (u [N, r], s [r], v [K, r], residual [N, K]) in `dtype` with weight = u diag(s) v^T + residual.
 
-    The SVD runs in float64; the residual is formed from the fp32-rounded factors, so the sum gives the weight
-    back.
+    The SVD runs in float64; the residual is formed from the factors as rounded to `dtype`, the parameters'
+    own, so the sum gives the weight back. Raises ConfigError when the rank exceeds min(N, K).
     """
+    if rank > min(weight.shape):
+        raise ConfigError(
+            "reparametrisation.rank",
+            f"must be at most min(out_features, in_features) = {min(weight.shape)}, received {rank}; lower "
+            "rank.fixed or rank.minimum",
+        )
     full = weight.detach().to(torch.float64)
     u, s, vh = torch.linalg.svd(full, full_matrices=False)
-    u, s, v = (t.to(torch.float32) for t in (u[:, :rank], s[:rank], vh[:rank].t()))
+    u, s, v = (t.to(dtype) for t in (u[:, :rank], s[:rank], vh[:rank].t()))
     residual = full - (u.double() * s.double()) @ v.double().t()
-    return u.contiguous(), s, v.contiguous(), residual.to(torch.float32)
+    return u.contiguous(), s, v.contiguous(), residual.to(dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
