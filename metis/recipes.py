@@ -147,10 +147,9 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            where, f"must name a readable file, received {str(path)!r} ({error.strerror})"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(where, f"must name a readable file, received {str(path)!r} ({reason})") from None
     try:
         if path.suffix.lower() == ".json":
             data = json.loads(text)
