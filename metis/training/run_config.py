@@ -46,7 +46,7 @@ SHAPE_FIELDS = (
 """Which tensors there are and their sizes: must agree whenever weights are loaded."""
 
 BEHAVIOUR_FIELDS = (
-    "norm_epsilon",
+    "layernorm_epsilon",
     "rotary_base",
     "rotary_percent",
     "rotary_interleaved",
