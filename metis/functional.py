@@ -71,11 +71,6 @@ class LinearPlan:
         return NoiseStream(seed=self.seed, layer=self.layer, operand=operand, position=self.position)
 
 
-def compute_dtype(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
-    """Return c, what quantisers read: the tensor's dtype, but fp32 where float64 would meet a quantiser."""
-    return torch.float32 if dtype == torch.float64 and recipe.is_quantized else dtype
-
-
 def _multiply(
     plan: LinearPlan,
     left: tuple[Tensor, str, Axis, Axis, bool],
@@ -181,23 +176,21 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
         ctx.plan, ctx.weight = plan, w_NK
         ctx.save_for_backward(x_MK, w_NK)
-        c = compute_dtype(x_MK.dtype, plan.recipe)
-        return fprop(x_MK.to(c), w_NK.to(c), plan, _accumulate_dtype(x_MK.dtype)).to(x_MK.dtype)
+        return fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype)).to(x_MK.dtype)
 
     @staticmethod
     def backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_MK, w_NK = ctx.saved_tensors
         plan: LinearPlan = ctx.plan
-        c, accumulate = compute_dtype(x_MK.dtype, plan.recipe), _accumulate_dtype(x_MK.dtype)
-        x, w, g = x_MK.to(c), w_NK.to(c), g_MN.to(c)
+        accumulate = _accumulate_dtype(x_MK.dtype)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dgrad(g, w, plan, accumulate).to(x_MK.dtype)
+            dx = dgrad(g_MN, w_NK, plan, accumulate).to(x_MK.dtype)
         if ctx.needs_input_grad[1]:
-            dw = deliver_weight_grad(ctx.weight, wgrad(g, x, plan, accumulate))
+            dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x_MK, plan, accumulate))
         if plan.sketch is not None:
-            plan.sketch("input", x)
-            plan.sketch("grad_output", g)
+            plan.sketch("input", x_MK)
+            plan.sketch("grad_output", g_MN)
         return dx, dw, None
 
 

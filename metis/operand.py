@@ -191,10 +191,13 @@ def encode(
 ) -> QuantizedTensor:
     """Quantise `matrix` [rows, cols] with blocks along its columns, the contraction axis of its GEMM.
 
-    Order: Hadamard (rounded to bf16), tensor amax (reduced over the ranks that hold the rest of either axis
-    when `amax_scope` is global), block scales, rounding. `tokens_are_cols` says that the matrix is a
-    transposed copy, so that random bits are still looked up by (token, feature).
+    Order: float64 (exact test mode) rounded once to fp32, Hadamard (rounded to bf16), tensor amax (reduced
+    over the ranks that hold the rest of either axis when `amax_scope` is global), block scales, rounding.
+    `tokens_are_cols` says that the matrix is a transposed copy, so that random bits are still looked up by
+    (token, feature).
     """
+    if matrix.dtype == torch.float64:
+        matrix = matrix.to(torch.float32)
     if quantizer.rht:
         matrix = random_hadamard_16(matrix)
     amax = tensor_amax(matrix)

@@ -65,12 +65,11 @@ class FactorPath:
         quantizer: QuantizerConfig | None = self.config.factor_quantizer
         if quantizer is None:
             return factor
-        source = factor.to(torch.float32) if factor.dtype == torch.float64 else factor
         rank = Axis.whole(factor.shape[1])
         if along_rank:
-            return encode(source, quantizer, axis, rank, amax_scope=self.amax_scope).dequantize(source.dtype)
-        encoded = encode(source.t().contiguous(), quantizer, rank, axis, amax_scope=self.amax_scope)
-        return encoded.dequantize(source.dtype).t()
+            return encode(factor, quantizer, axis, rank, amax_scope=self.amax_scope).dequantize(factor.dtype)
+        encoded = encode(factor.t().contiguous(), quantizer, rank, axis, amax_scope=self.amax_scope)
+        return encoded.dequantize(factor.dtype).t()
 
 
 class _FactorPath(torch.autograd.Function):
