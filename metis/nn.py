@@ -186,6 +186,8 @@ class OperandBasis(nn.Module):
             name: state_dict[prefix + name].detach().to(value.device) for name, value in current.items()
         }
         for name, value in current.items():
+            if loaded[name].dim() > value.dim():  # gate|up lies in checkpoints as [parts, width, columns]
+                loaded[name] = loaded[name].flatten(0, 1)
             if loaded[name].shape != value.shape:
                 error_msgs.append(
                     f"{prefix}{name}: shape {tuple(loaded[name].shape)} is not {tuple(value.shape)}"

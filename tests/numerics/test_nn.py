@@ -438,3 +438,19 @@ def test_wrong_sizes_are_refused_on_construction():
     rank_8 = replace(METIS_PAPER, fprop_input=cell, wgrad_input=cell)
     with pytest.raises(ConfigError, match=r"multiple of 16 columns .* received 8"):
         MetisLinear(64, 64, recipe=rank_8)
+
+
+def test_a_two_part_basis_loads_from_the_form_that_checkpoints_keep():
+    """Parallel linears store the basis of gate|up as [parts, width, columns], so that it can be resharded."""
+    layer = _layer(METIS)
+    for step in range(2):
+        _step(layer, step)
+    saved = layer.state_dict()
+    stored = dict(saved)
+    for name in ("v", "z"):
+        key = f"core.bases.grad_output.{name}"
+        stored[key] = saved[key].unflatten(0, (2, -1))
+    other = _layer(METIS)
+    other.load_state_dict(stored)
+    for name, value in other.state_dict().items():
+        assert_bitwise_equal(value, saved[name], name)
