@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Iterable
 from typing import NoReturn
 
 USER_ERROR_EXIT_STATUS = 2
+_SECONDS_TO_PRINT = 2.0
 
 
 class MetisError(Exception):
@@ -22,6 +24,8 @@ class MetisError(Exception):
     `where` names the place (an option, a file, a module path), `message` says what must hold, what was
     received and what to do about it.
     """
+
+    found_by_one_rank = False  # True: other ranks do not raise it, so whichever rank does has to print it
 
     def __init__(self, where: str, message: str = "") -> None:
         # One argument: somebody re-raised `type(error)(text)`, as megatron-core does when a module is built.
@@ -51,9 +55,12 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 def report_and_exit(error: MetisError) -> NoReturn:
     """Print `error: <where>: <message>` once per node and leave with status 2 on every rank.
 
-    Checks run identically on every rank, so only local rank 0 prints; the others leave silently with the
-    same status.
+    Most checks run identically on every rank, so only local rank 0 prints and the others leave silently with
+    the same status; what a single rank has found (`found_by_one_rank`) that rank prints.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if error.found_by_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun kills all ranks as soon as one has left; rank 0 must have printed by then.
+        time.sleep(_SECONDS_TO_PRINT)
     sys.exit(USER_ERROR_EXIT_STATUS)

@@ -21,6 +21,7 @@ IGNORED: dict[str, bool] = {
     "--dist-ckpt-format": True,
     "--auto-detect-ckpt-format": False,
     "--ckpt-fully-parallel-save": False,
+    "--ckpt-assume-constant-structure": False,
     "--use-cpu-initialization": False,
     "--local-rank": True,
     "--lazy-mpu-init": True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import re
 import warnings
 from argparse import Namespace
 
@@ -45,18 +46,34 @@ def select_device(args: Namespace) -> None:
         raise ConfigError("--distributed-backend", "must be gloo (or auto) on the CPU, received nccl")
 
 
+_EXPECTED_WARNINGS = (
+    # Both are optional and what takes their place is printed at start.
+    ("", r".*(Apex|Transformer Engine|TransformerEngine).*not installed.*"),
+    # megatron-core 0.16.1 fills its own config field with a value that it calls deprecated.
+    ("megatron.core", r"full scope is deprecated"),
+    # Its calls of two collectives that torch 2.13 has renamed; the old names work as before.
+    ("", r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
+)
+"""(module, message) of warnings that a user of the trainer can do nothing about."""
+
+
+def _silence_warnings() -> None:
+    for module, message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=re.escape(module))
+
+
 def initialize(args: Namespace) -> None:
     """Patch the engine, create all process groups, seed all generators."""
     select_device(args)
-    warnings.filterwarnings(
-        "ignore", message=".*(Apex|Transformer Engine|TransformerEngine).*not installed.*"
-    )
+    _silence_warnings()
     megatron_patches.apply_patches(args.device)
     if args.exact_reductions:
         megatron_patches.patch_exact_grad_norm()
     _initialize_distributed(args)
     _set_seeds(args)
     if args.deterministic_mode:
+        # cuBLAS repeats its bits only with a fixed workspace, read when the first matrix is multiplied.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
@@ -104,6 +121,24 @@ def _initialize_distributed(args: Namespace) -> None:
             f"device: {args.device}, backend: {args.distributed_backend}",
             flush=True,
         )
+
+
+def lower_timeout(args: Namespace) -> None:
+    """Give all process groups the timeout `--distributed-timeout-seconds-after-init`; collective.
+
+    Called after the first iteration, which takes longer than all others.
+    """
+    from megatron.core import parallel_state
+
+    seconds = args.distributed_timeout_seconds_after_init
+    if seconds is None:
+        return
+    dist.barrier()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    # torch has no public way; this is the one that megatron-core's `update_pg_timeout` takes (GPUs only).
+    for group in (None, *parallel_state._global_process_group_list[1:]):
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def _set_seeds(args: Namespace) -> None:

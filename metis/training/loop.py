@@ -7,9 +7,12 @@ data is the number of consumed samples.
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -20,21 +23,23 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.timers import Timers
 from megatron.core.utils import check_param_hashes_across_dp_replicas, get_model_config
-from torch import nn
 
 from metis.clock import TrainingClock
 from metis.training import checkpointing, signals
 from metis.training.accounting import flops_per_iteration
 from metis.training.data import build_data_iterators
+from metis.training.initialize import lower_timeout
 from metis.training.metrics_file import MetricsFile
 from metis.training.model import build_model
 from metis.training.optimizer import build_optimizer, build_scheduler, learning_rate, parameter_norm
 from metis.training.outputs import (
+    ProgressFile,
     configure_logging,
     open_tensorboard,
     open_wandb,
     print_datetime,
     print_rank_0,
+    theoretical_memory_line,
 )
 from metis.training.profiling import Profiler
 from metis.training.state import TrainState
@@ -63,6 +68,7 @@ class Run:
         self.optimizer = build_optimizer(args, self.model, self.timers)
         self.scheduler = build_scheduler(args, self.optimizer)
         self._connect_engine()
+        self._report_theoretical_memory()
         print_datetime("after model, optimizer, and learning rate scheduler are built")
         checkpointing.load_checkpoint(args, self.state, self.model, self.optimizer, self.scheduler)
         update_num_microbatches(self.state.consumed_train_samples, consistency_check=False)
@@ -73,6 +79,7 @@ class Run:
         print_datetime("after dataloaders are built")
         self.steps = StepRunner(args, self.model, self.optimizer, self.scheduler, self.clock)
         self.log = self._open_log()
+        self.progress = ProgressFile(args, self.state)
         print_rank_0("done with setup ...")
 
     def _connect_engine(self) -> None:
@@ -95,12 +102,20 @@ class Run:
         if args.overlap_param_gather:
             config.param_sync_func = per_chunk([chunk.start_param_sync for chunk in model])
 
+    def _report_theoretical_memory(self) -> None:
+        if self.args.exact_reductions:
+            return  # a test mode in float64, whose size says nothing about the model
+        parameters = sum(parameter.numel() for chunk in self.model for parameter in chunk.parameters())
+        kept = sum(buffer.nbytes for chunk in self.model for buffer in chunk.module.buffers())
+        print_rank_0(theoretical_memory_line(self.args, parameters, kept))
+
     def _open_log(self) -> TrainingLog:
-        args = self.args
-        is_last = dist.get_rank() == dist.get_world_size() - 1
-        metrics = (
-            MetricsFile(args.metrics_file, self.state.iteration) if args.metrics_file and is_last else None
-        )
+        args, iteration = self.args, self.state.iteration
+        metrics = None
+        if args.metrics_file and dist.get_rank() == dist.get_world_size() - 1:
+            # Between two evaluation intervals only the evaluation at the end of a job can have left a line.
+            keep_validation = not args.skip_train and iteration % args.eval_interval == 0
+            metrics = MetricsFile(args.metrics_file, iteration, keep_validation=keep_validation)
         return TrainingLog(
             args,
             self.timers,
@@ -110,35 +125,43 @@ class Run:
         )
 
     def save(self) -> None:
-        """Write a checkpoint of the current iteration."""
-        if self.args.use_distributed_optimizer and self.args.overlap_param_gather:
-            _set_forward_hooks(self.model, False)
-        checkpointing.save_checkpoint(
-            self.args, self.state, self.model, self.optimizer, self.scheduler, async_queue=self.async_queue
-        )
-        if self.args.use_distributed_optimizer and self.args.overlap_param_gather:
-            _set_forward_hooks(self.model, True)
+        """Write a checkpoint of the current iteration, or hand it to the background writer."""
+        state = copy.copy(self.state)  # an asynchronous save is complete when the run has moved on
+        if self.async_queue is not None:
+            self.progress.saved(state, scheduled=True)
+        with self.complete_parameters():
+            checkpointing.save_checkpoint(
+                self.args,
+                self.state,
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                async_queue=self.async_queue,
+                on_complete=lambda: self.progress.saved(state),
+            )
+
+    @contextmanager
+    def complete_parameters(self) -> Iterator[None]:
+        """Gather all parameters and keep them gathered inside: `--overlap-param-gather` leaves that to the
+        next forward.
+        """
+        overlapped = self.args.overlap_param_gather
+        for chunk in self.model if overlapped else ():
+            chunk.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self.model if overlapped else ():
+                chunk.enable_forward_pre_hook()
 
     def evaluate(self, data: Any, *, where: str = "", to_metrics: bool = True) -> None:
         """Evaluate on `data` and report; the validation stream moves on."""
         args = self.args
-        if self.args.overlap_param_gather:
-            _set_forward_hooks(self.model, False)
-        losses = self.steps.evaluate(data, args.eval_iters)
-        if self.args.overlap_param_gather:
-            _set_forward_hooks(self.model, True)
+        with self.complete_parameters():
+            losses = self.steps.evaluate(data, args.eval_iters)
         if data is self.valid_data:
             self.state.consumed_valid_samples += args.eval_iters * args.global_batch_size
         self.log.validation(losses, self.state, where=where, to_metrics=to_metrics)
-
-
-def _set_forward_hooks(model: list[nn.Module], enabled: bool) -> None:
-    """Switch the hooks that gather parameters during forward; off means all parameters are complete."""
-    for chunk in model:
-        if enabled:
-            chunk.enable_forward_pre_hook()
-        else:
-            chunk.disable_forward_pre_hook()
 
 
 def set_vocabulary(args: Namespace, tokenizer_size: int) -> None:
@@ -200,12 +223,14 @@ def _train(run: Run, watcher: signals.ExitWatcher) -> str | None:
         gc.collect()
     print_datetime("before the start of training step")
     run.log.start()
-    saved_at = state.iteration
+    saved_at = started_at = state.iteration
     with Profiler(args) as profiler:
         while state.iteration < args.train_iters:
             checkpointing.finalize_async_saves(run.async_queue, save=args.save)
             _one_iteration(run)
             profiler.after_step(state.iteration)
+            if state.iteration == started_at + 1:
+                lower_timeout(args)
             decision = signals.exit_reason(args, state.iteration, watcher)
             if decision.save:
                 with run.log.excluded():
@@ -224,7 +249,7 @@ def _one_iteration(run: Run) -> None:
     update_num_microbatches(state.consumed_train_samples, consistency_check=True, verbose=True)
     batch_size = get_current_global_batch_size()
     flops = flops_per_iteration(args, batch_size)
-    if state.iteration + 1 in args.iterations_to_skip:
+    if state.iteration in args.iterations_to_skip:
         run.steps.skip_batch(run.train_data)
         state.iteration += 1
         state.consumed_train_samples += batch_size
@@ -238,6 +263,10 @@ def _one_iteration(run: Run) -> None:
     state.consumed_train_samples += batch_size
     state.num_floating_point_operations += flops
     state.skipped_iterations += not result.applied
+    params_norm = None
+    if args.log_params_norm:
+        with run.complete_parameters():
+            params_norm = parameter_norm(run.model)
     report = StepReport(
         iteration=state.iteration,
         losses=result.losses,
@@ -246,7 +275,7 @@ def _one_iteration(run: Run) -> None:
         loss_scale=loss_scale,
         grad_norm=result.grad_norm,
         num_zeros=result.num_zeros,
-        params_norm=parameter_norm(run.model) if args.log_params_norm else None,
+        params_norm=params_norm,
         skipped=not result.applied,
         num_floating_point_operations=flops,
     )
@@ -264,7 +293,7 @@ def _periodic(run: Run) -> None:
             run.evaluate(run.valid_data)
     interval = args.check_weight_hash_across_dp_replicas_interval
     if interval and iteration % interval == 0:
-        with run.log.excluded():
+        with run.log.excluded(), run.complete_parameters():
             assert check_param_hashes_across_dp_replicas(run.model, cross_check=True)
             print_rank_0(f">>> weight hashes match across data-parallel replicas at iteration {iteration}")
     if args.manual_gc and args.manual_gc_interval and iteration % args.manual_gc_interval == 0:

@@ -29,12 +29,14 @@ _WHERE = "--metrics-file"
 class MetricsFile:
     """Append-only JSON lines of kind `train` (one per iteration) and `validation` (one per evaluation).
 
-    `resume_iteration` is the iteration that was loaded, 0 for a new run. The constructor repairs the file
-    and raises ConfigError when it cannot be written or holds something that is no metrics file.
+    `resume_iteration` is the iteration that was loaded, 0 for a new run; without `keep_validation` a
+    validation made right at it goes as well, because this job will make it again. The constructor repairs the
+    file and raises ConfigError when it cannot be written or holds something that is no metrics file.
     """
 
-    def __init__(self, path: str | Path, resume_iteration: int = 0) -> None:
+    def __init__(self, path: str | Path, resume_iteration: int = 0, *, keep_validation: bool = True) -> None:
         self.path = Path(path)
+        self._keep_validation = keep_validation
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._truncate(resume_iteration)
@@ -64,8 +66,14 @@ class MetricsFile:
     def _keep(self, line: str, number: int, count: int, resume_iteration: int) -> bool:
         torn = number == count - 1 and not line.endswith("\n")
         try:
-            iteration = json.loads(line)["iteration"]
-            return not torn and int(iteration) <= resume_iteration
+            values = json.loads(line)
+            iteration = int(values["iteration"])
+            made_again = (
+                not self._keep_validation
+                and iteration == resume_iteration
+                and values.get("kind") == "validation"
+            )
+            return not torn and iteration <= resume_iteration and not made_again
         except (ValueError, KeyError, TypeError) as error:
             if torn:
                 return False

@@ -60,6 +60,7 @@ def configure_logging(logging_level: int | None = None) -> None:
     """
     level = logging_level if logging_level is not None else os.environ.get("MEGATRON_LOGGING_LEVEL")
     if level is not None:
+        logging.basicConfig()  # without a handler of its own, the root logger shows warnings at most
         logging.getLogger().setLevel(int(level))
     timers_logger = logging.getLogger("megatron.core.timers")
     timers_logger.setLevel(logging.INFO)

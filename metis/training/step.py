@@ -32,6 +32,8 @@ BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask
 class NonFiniteError(MetisError, RuntimeError):
     """A loss or gradient that is NaN or infinite."""
 
+    found_by_one_rank = True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
@@ -197,7 +199,7 @@ def _non_finite(iteration: int, what: str) -> NonFiniteError:
     return NonFiniteError(
         f"iteration {iteration + 1}, rank {dist.get_rank()}",
         f"{what} must be finite; resume from the last checkpoint, skip the batch with --iterations-to-skip "
-        f"{iteration + 1}, or go on regardless with --no-check-for-nan-in-loss-and-grad",
+        f"{iteration}, or go on regardless with --no-check-for-nan-in-loss-and-grad",
     )
 
 
