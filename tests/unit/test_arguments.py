@@ -57,7 +57,7 @@ MEGATRON_DEFAULTS = [
      --reset-position-ids --reset-attention-mask --eod-mask-loss --legacy-tokenizer
      --tokenizer-sentencepiece-legacy --tokenizer-hf-use-fast --tokenizer-hf-include-special-tokens
      --trust-remote-code --finetune --async-save --use-persistent-ckpt-worker --ckpt-fully-parallel-load
-     --ckpt-assume-constant-structure --use-checkpoint-args --use-mp-args-from-checkpoint-args
+     --use-checkpoint-args --use-mp-args-from-checkpoint-args
      --exit-on-missing-checkpoint --full-validation --log-throughput --log-params-norm --log-num-zeros-in-grad
      --log-progress --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
      --log-memory-to-tensorboard --log-world-size-to-tensorboard --profile --use-pytorch-profiler
