@@ -27,10 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metis.config import BasisConfig, CellConfig, QuantizerConfig, Recipe
+from metis.config import BasisConfig, CellConfig, Recipe
 from metis.gemm import EmulatedGemm, GemmBackend, product
 from metis.operand import Axis, NoiseStream, SplitMatrix, encode, split_matrix
+from metis.quantize import QuantizedTensor
 from metis.rng import NoisePosition
+
+Memo = dict[Any, Tensor]
+"""What one pass may keep for the next of the same microbatch: P per operand and reduced tensor amaxes. Both
+cost messages between ranks, and both are small; results are the same without it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +63,52 @@ class LinearPlan:
     sketch: Callable[[str, Tensor], None] | None = None
     backend: GemmBackend = field(default_factory=EmulatedGemm)
 
-    def split(
-        self, x: Tensor, cell: CellConfig, basis: Tensor | None, rows: Axis, features: Axis
-    ) -> SplitMatrix:
-        """Split a matrix as `cell` asks."""
-        chunks = (self.recipe.basis or BasisConfig()).num_canonical_chunks
+    def split(self, x: Tensor, cell_name: str, rows: Axis, features: Axis, memo: Memo | None) -> SplitMatrix:
+        """Split a matrix as its cell asks."""
+        cell: CellConfig = getattr(self.recipe, cell_name)
+        operand = operand_of(cell_name)
         return split_matrix(
-            x, basis, cell.split, rows, features, num_chunks=chunks, amax_scope=self.recipe.amax_scope
+            x,
+            getattr(self, f"v_{operand}"),
+            cell.split,
+            rows,
+            features,
+            num_chunks=(self.recipe.basis or BasisConfig()).num_canonical_chunks,
+            amax_scope=self.recipe.amax_scope,
+            memo=memo,
+            memo_key=(operand, "p"),
         )
+
+    def encode(
+        self, matrix: Tensor, cell_name: str, rows: Axis, cols: Axis, tokens_are_cols: bool, memo: Memo | None
+    ) -> QuantizedTensor | Tensor:
+        """Quantise a residual as its cell asks, or return it as it is."""
+        cell: CellConfig = getattr(self.recipe, cell_name)
+        if cell.quantizer is None:
+            return matrix
+        memo = {} if memo is None else memo
+        key = (operand_of(cell_name), "amax", cell.split is not None, cell.quantizer.rht)
+        encoded = encode(
+            matrix,
+            cell.quantizer,
+            rows,
+            cols,
+            amax_scope=self.recipe.amax_scope,
+            noise=self.noise(cell_name),
+            tokens_are_cols=tokens_are_cols,
+            amax=memo.get(key),
+        )
+        memo[key] = encoded.amax
+        return encoded
 
     def noise(self, operand: str) -> NoiseStream:
         """Return the stream of random bits of one cell."""
         return NoiseStream(seed=self.seed, layer=self.layer, operand=operand, position=self.position)
+
+
+def operand_of(cell_name: str) -> str:
+    """Return the tensor that a cell reads: input, weight or grad_output."""
+    return cell_name.split("_", 1)[1]
 
 
 def _multiply(
@@ -76,42 +116,28 @@ def _multiply(
     left: tuple[Tensor, str, Axis, Axis, bool],
     right: tuple[Tensor, str, Axis, Axis, bool],
     accumulate: torch.dtype,
+    memo: Memo | None,
 ) -> Tensor:
-    """Return left right^T for one GEMM; each side is (matrix, cell name, row axis, column axis, tokens are
-    columns).
-    """
-    sides = []
-    for matrix, cell_name, rows, cols, tokens_are_cols in (left, right):
-        quantizer: QuantizerConfig | None = getattr(plan.recipe, cell_name).quantizer
-        if quantizer is None:
-            sides.append(matrix)
-            continue
-        sides.append(
-            encode(
-                matrix,
-                quantizer,
-                rows,
-                cols,
-                amax_scope=plan.recipe.amax_scope,
-                noise=plan.noise(cell_name),
-                tokens_are_cols=tokens_are_cols,
-            )
-        )
-    if isinstance(sides[0], Tensor):
-        return product(sides[0], sides[1], accumulate)
-    return plan.backend.multiply(sides[0], sides[1], accumulate)
+    """Return left right^T; each side is (matrix, cell name, row axis, column axis, tokens are columns)."""
+    a, b = plan.encode(*left, memo), plan.encode(*right, memo)
+    if isinstance(a, Tensor):
+        return product(a, b, accumulate)
+    return plan.backend.multiply(a, b, accumulate)
 
 
-def fprop(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype) -> Tensor:
+def fprop(
+    x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
+) -> Tensor:
     """Return this rank's y = x w^T, [M, N] in `accumulate`; x and w in c."""
-    recipe, c = plan.recipe, x_MK.dtype
-    x = plan.split(x_MK, recipe.fprop_input, plan.v_input, plan.tokens, plan.in_features)
-    w = plan.split(w_NK, recipe.fprop_weight, plan.v_weight, plan.out_features, plan.in_features)
+    c = x_MK.dtype
+    x = plan.split(x_MK, "fprop_input", plan.tokens, plan.in_features, memo)
+    w = plan.split(w_NK, "fprop_weight", plan.out_features, plan.in_features, memo)
     y = _multiply(
         plan,
         (x.residual, "fprop_input", plan.tokens, plan.in_features, False),
         (w.residual, "fprop_weight", plan.out_features, plan.in_features, False),
         accumulate,
+        memo,
     )
     if x.p is not None:
         y += product(x.p, _thin(w_NK, x.v.t(), accumulate, c), accumulate)
@@ -120,16 +146,19 @@ def fprop(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype)
     return y
 
 
-def dgrad(g_MN: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype) -> Tensor:
+def dgrad(
+    g_MN: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
+) -> Tensor:
     """Return this rank's dx = g w, [M, K] in `accumulate`; g and w in c."""
-    recipe, c = plan.recipe, g_MN.dtype
-    g = plan.split(g_MN, recipe.dgrad_grad_output, plan.v_grad_output, plan.tokens, plan.out_features)
-    w = plan.split(w_NK, recipe.dgrad_weight, plan.v_weight, plan.out_features, plan.in_features)
+    c = g_MN.dtype
+    g = plan.split(g_MN, "dgrad_grad_output", plan.tokens, plan.out_features, memo)
+    w = plan.split(w_NK, "dgrad_weight", plan.out_features, plan.in_features, memo)
     dx = _multiply(
         plan,
         (g.residual, "dgrad_grad_output", plan.tokens, plan.out_features, False),
         (w.residual.t(), "dgrad_weight", plan.in_features, plan.out_features, False),
         accumulate,
+        memo,
     )
     if g.p is not None:
         dx += product(g.p, _thin(w_NK.t(), g.v.t(), accumulate, c), accumulate)
@@ -138,16 +167,19 @@ def dgrad(g_MN: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype)
     return dx
 
 
-def wgrad(g_MN: Tensor, x_MK: Tensor, plan: LinearPlan, accumulate: torch.dtype) -> Tensor:
+def wgrad(
+    g_MN: Tensor, x_MK: Tensor, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
+) -> Tensor:
     """Return this rank's dw = g^T x, [N, K] in `accumulate`; g and x in c."""
-    recipe, c = plan.recipe, g_MN.dtype
-    g = plan.split(g_MN, recipe.wgrad_grad_output, plan.v_grad_output, plan.tokens, plan.out_features)
-    x = plan.split(x_MK, recipe.wgrad_input, plan.v_input, plan.tokens, plan.in_features)
+    c = g_MN.dtype
+    g = plan.split(g_MN, "wgrad_grad_output", plan.tokens, plan.out_features, memo)
+    x = plan.split(x_MK, "wgrad_input", plan.tokens, plan.in_features, memo)
     dw = _multiply(
         plan,
         (g.residual.t(), "wgrad_grad_output", plan.out_features, plan.tokens, True),
         (x.residual.t(), "wgrad_input", plan.in_features, plan.tokens, True),
         accumulate,
+        memo,
     )
     if g.p is not None:
         right = product(x.residual.t(), g.p.t(), accumulate)  # (P_g^T R_x)^T, [K, r]
@@ -174,20 +206,20 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
-        ctx.plan, ctx.weight = plan, w_NK
+        ctx.plan, ctx.weight, ctx.memo = plan, w_NK, {}
         ctx.save_for_backward(x_MK, w_NK)
-        return fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype)).to(x_MK.dtype)
+        return fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype), ctx.memo).to(x_MK.dtype)
 
     @staticmethod
     def backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_MK, w_NK = ctx.saved_tensors
         plan: LinearPlan = ctx.plan
-        accumulate = _accumulate_dtype(x_MK.dtype)
+        accumulate, memo = _accumulate_dtype(x_MK.dtype), dict(ctx.memo)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dgrad(g_MN, w_NK, plan, accumulate).to(x_MK.dtype)
+            dx = dgrad(g_MN, w_NK, plan, accumulate, memo).to(x_MK.dtype)
         if ctx.needs_input_grad[1]:
-            dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x_MK, plan, accumulate))
+            dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x_MK, plan, accumulate, memo))
         if plan.sketch is not None:
             plan.sketch("input", x_MK)
             plan.sketch("grad_output", g_MN)

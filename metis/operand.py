@@ -143,20 +143,27 @@ def split_matrix(
     *,
     num_chunks: int,
     amax_scope: str,
+    memo: dict[Any, Tensor] | None = None,
+    memo_key: Any = None,
 ) -> SplitMatrix:
     """Split `x` [rows, features] along `basis` V (bf16 [features_local, r]); without basis or split, x is
     the residual.
 
-    `bf16` head: P = bf16(x V), R = c(x - P V^T). `literal` head: R against the exact P = x V, and the
-    factors that multiply are the NVFP4 ones (P and V^T both blocked along r).
+    `bf16` head: P = bf16(x V), R = c(x - P V^T). `literal` head: R against the exact P = x V, and the factors
+    that multiply are the NVFP4 ones (P and V^T both blocked along r). `memo` keeps P (the only part that
+    costs messages between ranks) under `memo_key` for a second split of the same matrix by the same basis.
     """
     if basis is None or split is None:
         return SplitMatrix(residual=x)
-    p = coefficients(x, basis, features, num_chunks)
-    if split.head_format == "bf16":
-        p_head = p.to(torch.bfloat16)
-        return SplitMatrix(residual=head_and_residual(x, basis, p_head, x.dtype), p=p_head, v=basis)
+    p = None if memo is None else memo.get(memo_key)
+    if p is None:
+        p = coefficients(x, basis, features, num_chunks)
+        p = p.to(torch.bfloat16) if split.head_format == "bf16" else p
+        if memo is not None:
+            memo[memo_key] = p
     residual = head_and_residual(x, basis, p, x.dtype)
+    if split.head_format == "bf16":
+        return SplitMatrix(residual=residual, p=p, v=basis)
     rank_axis = Axis.whole(basis.shape[1])
     quantizer = QuantizerConfig()
     p_q = encode(p.to(x.dtype), quantizer, rows, rank_axis, amax_scope=amax_scope)
@@ -188,6 +195,7 @@ def encode(
     amax_scope: str,
     noise: NoiseStream | None = None,
     tokens_are_cols: bool = False,
+    amax: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantise `matrix` [rows, cols] with blocks along its columns, the contraction axis of its GEMM.
 
@@ -200,9 +208,10 @@ def encode(
         matrix = matrix.to(torch.float32)
     if quantizer.rht:
         matrix = random_hadamard_16(matrix)
-    amax = tensor_amax(matrix)
-    if amax_scope == "global":
-        amax = cols.reduce_max(rows.reduce_max(amax))
+    if amax is None:
+        amax = tensor_amax(matrix)
+        if amax_scope == "global":
+            amax = cols.reduce_max(rows.reduce_max(amax))
     words = None
     if quantizer.rounding == "stochastic":
         assert noise is not None, "stochastic rounding needs a noise stream"
