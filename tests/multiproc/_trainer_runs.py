@@ -1,0 +1,128 @@
+"""Runs the real trainer several times inside one process group, for tests that compare whole runs.
+
+A case is a name and a command line; `run_cases` makes all cases of one world size in one `run_ranks` call and
+returns what the metrics files say. Data and tokenizer are made once per session from a few files of the
+standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests._distributed import run_ranks, use_fast_checkpoint_queue
+
+RECIPES = ("bf16", "nvfp4", "nvfp4_direct", "metis", "metis_paper", "bf16_reparametrised")
+SHAPE = (
+    "--preset tiny --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
+    "--num-query-groups 2 --kv-channels 16 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
+    "--eval-iters 0 --num-workers 0 --device cpu --log-interval 100 --seed 7"
+)
+ONE_RANK = {"one": ""}
+TWO_RANKS = {
+    "tp2": "--tensor-model-parallel-size 2",
+    "tp2_sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    "dp2_zero": "--use-distributed-optimizer",
+}
+FOUR_RANKS = {"tp2_pp2": "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"}
+
+
+def make_data(folder: Path) -> str:
+    """Write a tokenizer (512 pieces) and indexed data under `folder`; return the arguments that name them."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from metis.training.tokenizer import train_sentencepiece
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [
+        path.read_text(encoding="utf-8", errors="ignore") for path in sorted(library.glob("[a-d]*.py"))[:20]
+    ]
+    model = train_sentencepiece(texts, str(folder / "tokenizer"), 512)
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=model)
+    builder = IndexedDatasetBuilder(str(folder / "text.bin"), dtype=np.uint16)
+    for text in texts:
+        ids = [*pieces.encode(text), pieces.eos_id()]
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(folder / "text.idx"))
+    return (
+        f"--data-path {folder}/text --split 100,0,0 --data-cache-path {folder}/cache "
+        f"--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {model}"
+    )
+
+
+def run_cases(
+    world_size: int, data: str, cases: Mapping[str, str], folder: Path, timeout: float = 900.0
+) -> dict[str, Any]:
+    """Run every case (name -> further arguments) on `world_size` ranks; return name -> outcome of the last
+    rank.
+
+    An outcome is {"loss": [...], "grad_norm": [...]} over the iterations in the metrics file.
+    """
+    folder = Path(tempfile.mkdtemp(dir=folder))  # its stores must not be those of an earlier call
+    return run_ranks(_run_all, world_size, data, dict(cases), str(folder), timeout=timeout)[world_size - 1]
+
+
+def _run_all(rank: int, world_size: int, data: str, cases: dict[str, str], folder: str) -> dict[str, Any]:
+    use_fast_checkpoint_queue()
+    return {
+        name: run_one(rank, world_size, f"{data} {line}", f"{folder}/{name}") for name, line in cases.items()
+    }
+
+
+def fresh_process_group(rank: int, world_size: int, path: str) -> None:
+    """Replace the process group: threads of gloo groups live until it is destroyed, and runs make many."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=world_size)
+
+
+def run_one(rank: int, world_size: int, line: str, path: str) -> dict[str, Any] | None:
+    """Run the trainer once in a process group of its own; the metrics file is `path`.jsonl."""
+    import contextlib
+    import io
+
+    from metis.training.initialize import initialize, shut_down
+
+    fresh_process_group(rank, world_size, path)
+    args = parse(world_size, f"{line} --metrics-file {path}.jsonl")
+    with contextlib.redirect_stdout(io.StringIO()):
+        initialize(args)
+        from metis.training.loop import pretrain
+
+        try:
+            pretrain(args)
+        finally:
+            shut_down(keep_process_group=True)
+    return read_metrics(f"{path}.jsonl") if rank == world_size - 1 else None
+
+
+def parse(world_size: int, line: str) -> Any:
+    """Return validated arguments of a command line on top of the shape that all cases share."""
+    from metis.training.arguments import parse_args, validate_args
+    from metis.training.preflight import preflight
+
+    args = parse_args([*SHAPE.split(), *line.split()])
+    validate_args(args, world_size)
+    preflight(args)
+    return args
+
+
+def read_metrics(path: str) -> dict[str, list[float]]:
+    """Return the losses and gradient norms of a metrics file, in order."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["iteration"] for line in train] == list(range(1, len(train) + 1))
+    return {"loss": [line["lm_loss"] for line in train], "grad_norm": [line["grad_norm"] for line in train]}
