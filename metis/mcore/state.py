@@ -23,6 +23,12 @@ def recipe_linears(model_chunks: Iterable[nn.Module]) -> list[RecipeLinear]:
     ]
 
 
+def num_basis_bytes(model_chunks: Iterable[nn.Module]) -> int:
+    """Return what the bases of this rank and their sketches take, in bytes."""
+    states = (basis.state for linear in recipe_linears(model_chunks) for basis in linear.core.bases.values())
+    return sum(tensor.nbytes for state in states for tensor in (state.v, state.z, state.gram))
+
+
 def advance_model_bases(model_chunks: Iterable[nn.Module], step: int, token_group: Any) -> None:
     """Renew every basis of this rank from the sketches of optimizer step `step`.
 

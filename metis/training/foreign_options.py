@@ -20,6 +20,8 @@ IGNORED: dict[str, bool] = {
     "--use-dist-ckpt": False,
     "--dist-ckpt-format": True,
     "--auto-detect-ckpt-format": False,
+    # megatron-core 0.16.1 casts the residual back to the layers' dtype at every addition.
+    "--fp32-residual-connection": False,
     "--ckpt-fully-parallel-save": False,
     "--ckpt-assume-constant-structure": False,
     "--use-cpu-initialization": False,

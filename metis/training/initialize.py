@@ -7,11 +7,12 @@ import whether functions are compiled), and process groups exist before anything
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import random
-import re
 import warnings
 from argparse import Namespace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,25 +48,51 @@ def select_device(args: Namespace) -> None:
 
 
 _EXPECTED_WARNINGS = (
-    # Both are optional and what takes their place is printed at start.
-    ("", r".*(Apex|Transformer Engine|TransformerEngine).*not installed.*"),
+    # Both are optional, and what takes their place is printed at start.
+    r".*(Apex|Transformer Engine|TransformerEngine).*not installed.*",
     # megatron-core 0.16.1 fills its own config field with a value that it calls deprecated.
-    ("megatron.core", r"full scope is deprecated"),
-    # Its calls of two collectives that torch 2.13 has renamed; the old names work as before.
-    ("", r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
+    r"full scope is deprecated",
+    # It warns about Transformer Engine's attention whatever the implementation in use.
+    r"If you are using transformer_engine as the transformer implementation, the core_attn",
+    # Names that torch has replaced and megatron-core still uses; they work as before.
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    r"`load_state_dict` is deprecated",
+    r"Please use DTensor instead",
+    # Its distributed optimizer keeps gradients on the slices of parameters that a rank owns.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
 )
-"""(module, message) of warnings that a user of the trainer can do nothing about."""
+"""Python warnings that a user of the trainer can do nothing about."""
+
+_EXPECTED_MESSAGES = (
+    # Announced at warning level; the machine is switched off here.
+    ("megatron.core.rerun_state_machine", "RerunStateMachine initialized"),
+    # True of all mock data, which live in memory.
+    ("megatron.core.datasets.gpt_dataset", "Unable to save MockGPTDataset indexes"),
+)
+"""(logger, first words) of log records of the same kind."""
 
 
-def _silence_warnings() -> None:
-    for module, message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, module=re.escape(module))
+def _silence_expected_warnings() -> None:
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, start in _EXPECTED_MESSAGES:
+        logging.getLogger(name).addFilter(_Dropped(start))
+
+
+@dataclass(frozen=True, slots=True)
+class _Dropped:
+    """Log filter that drops records beginning with `start`; equal filters are added to a logger once."""
+
+    start: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
 
 
 def initialize(args: Namespace) -> None:
     """Patch the engine, create all process groups, seed all generators."""
     select_device(args)
-    _silence_warnings()
+    _silence_expected_warnings()
     megatron_patches.apply_patches(args.device)
     if args.exact_reductions:
         megatron_patches.patch_exact_grad_norm()

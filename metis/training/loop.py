@@ -25,6 +25,7 @@ from megatron.core.timers import Timers
 from megatron.core.utils import check_param_hashes_across_dp_replicas, get_model_config
 
 from metis.clock import TrainingClock
+from metis.mcore.state import num_basis_bytes
 from metis.training import checkpointing, signals
 from metis.training.accounting import flops_per_iteration
 from metis.training.data import build_data_iterators
@@ -70,14 +71,15 @@ class Run:
         self._connect_engine()
         self._report_theoretical_memory()
         print_datetime("after model, optimizer, and learning rate scheduler are built")
-        checkpointing.load_checkpoint(args, self.state, self.model, self.optimizer, self.scheduler)
+        trained = (None, None) if args.skip_train else (self.optimizer, self.scheduler)
+        checkpointing.load_checkpoint(args, self.state, self.model, *trained)
         update_num_microbatches(self.state.consumed_train_samples, consistency_check=False)
         set_train_iterations(args)
         self.train_data, self.valid_data, self.test_data = build_data_iterators(
             args, self.state, self.tokenizer
         )
         print_datetime("after dataloaders are built")
-        self.steps = StepRunner(args, self.model, self.optimizer, self.scheduler, self.clock)
+        self.steps = StepRunner(args, self.model, self.optimizer, self.scheduler, self.clock, self.timers)
         self.log = self._open_log()
         self.progress = ProgressFile(args, self.state)
         print_rank_0("done with setup ...")
@@ -106,8 +108,7 @@ class Run:
         if self.args.exact_reductions:
             return  # a test mode in float64, whose size says nothing about the model
         parameters = sum(parameter.numel() for chunk in self.model for parameter in chunk.parameters())
-        kept = sum(buffer.nbytes for chunk in self.model for buffer in chunk.module.buffers())
-        print_rank_0(theoretical_memory_line(self.args, parameters, kept))
+        print_rank_0(theoretical_memory_line(self.args, parameters, num_basis_bytes(self.model)))
 
     def _open_log(self) -> TrainingLog:
         args, iteration = self.args, self.state.iteration

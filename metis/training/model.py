@@ -97,7 +97,6 @@ def transformer_config(args: Namespace, use_transformer_engine: bool) -> Transfo
         kv_channels=args.kv_channels,
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
-        fp32_residual_connection=args.fp32_residual_connection,
         layernorm_epsilon=args.layernorm_epsilon,
         normalization=args.normalization,
         add_bias_linear=args.add_bias_linear,

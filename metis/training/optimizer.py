@@ -57,7 +57,7 @@ def build_scheduler(args: Namespace, optimizer: Any) -> OptimizerParamScheduler:
         total = args.train_samples
     elif args.train_iters is not None:
         batch = args.global_batch_size
-        decay = (args.lr_decay_iters or args.train_iters) * batch
+        decay = (args.lr_decay_iters or args.train_iters or 1) * batch  # none to train: --skip-train
         warmup = args.lr_warmup_iters * batch
         wsd = None if args.lr_wsd_decay_iters is None else args.lr_wsd_decay_iters * batch
         total = args.train_iters * batch

@@ -272,7 +272,6 @@ _PRECISION = (
     _switch("--accumulate-allreduce-grads-in-fp32", "fp32 gradients; on with --bf16", "model"),
     _switch("--grad-reduce-in-bf16", "bf16 gradients with --bf16", "model"),
     _switch("--attention-softmax-in-fp32", "softmax in fp32", "model"),
-    _switch("--fp32-residual-connection", "residual stream in fp32", "model"),
 )
 
 _DATA = (

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.timers import Timers
 from torch import Tensor, nn
 
 from metis.clock import TrainingClock
 from metis.errors import MetisError
-from metis.mcore.state import advance_model_bases
+from metis.mcore.state import advance_model_bases, recipe_linears
 from metis.training.batches import batch_on_this_cp_rank
 from metis.training.telemetry import LM_LOSS
 
@@ -69,21 +70,25 @@ class StepRunner:
     """Runs training steps and evaluations of one model; holds what does not change between them."""
 
     def __init__(
-        self, args: Namespace, model: list[nn.Module], optimizer: Any, scheduler: Any, clock: TrainingClock
+        self,
+        args: Namespace,
+        model: list[nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        clock: TrainingClock,
+        timers: Timers,
     ) -> None:
-        self.args, self.model, self.optimizer, self.scheduler, self.clock = (
-            args,
-            model,
-            optimizer,
-            scheduler,
-            clock,
-        )
+        self.args, self.model, self.clock, self.timers = args, model, clock, timers
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.tracks_weights = any("weight" in linear.core.bases for linear in recipe_linears(model))
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
 
     def _forward_step(self, data_iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
         """Run one microbatch through one model chunk; middle stages get the microbatch's position only."""
+        self.timers("batch-generator", log_level=2).start()
         batch = next(data_iterator)
+        self.timers("batch-generator").stop()
         self.clock.begin_microbatch(int(batch["first_sample"]) // self.args.micro_batch_size)
         batch = batch_on_this_cp_rank(
             batch,
@@ -132,8 +137,14 @@ class StepRunner:
         if args.check_for_nan_in_loss_and_grad and not all(abs(v) < float("inf") for v in losses.values()):
             raise _non_finite(iteration, f"the loss ({losses})")
         self._note_spike(losses, iteration)
+        self.timers("optimizer", log_level=1).start(barrier=True)
         applied, grad_norm, num_zeros = self.optimizer.step()
+        self.timers("optimizer").stop()
         applied = _all_ranks_agree(applied)
+        if args.overlap_param_gather and self.tracks_weights:
+            # The bases of the weights are renewed now, and this rank has updated its own part only so far.
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
         advance_model_bases(
             self.model, iteration, parallel_state.get_data_parallel_group(with_context_parallel=True)
         )

@@ -60,6 +60,8 @@ def check_schedule(args: Namespace) -> None:
     require(
         args.lr is not None or args.skip_train or args.print_config, "--lr", "must be given, received nothing"
     )
+    if args.lr is None and args.skip_train:
+        args.lr = args.min_lr  # nobody will use it
     for low, high in (("min_lr", "lr"), ("lr_warmup_init", "lr"), ("decoupled_min_lr", "decoupled_lr")):
         small, large = getattr(args, low), getattr(args, high)
         require(
@@ -135,11 +137,9 @@ def check_precision(args: Namespace) -> None:
         "--grad-reduce-in-bf16",
         "must not be combined with --accumulate-allreduce-grads-in-fp32; keep one of them",
     )
-    require(
-        not args.fp32_residual_connection or args.bf16 or args.fp16,
-        "--fp32-residual-connection",
-        "has no effect in fp32; remove it or add --bf16",
-    )
+    if args.fp16 and args.loss_scale is None:
+        # Overflows are how a dynamic loss scale learns its size: such steps are skipped, not fatal.
+        args.check_for_nan_in_loss_and_grad = False
     if args.bf16 and not args.grad_reduce_in_bf16:
         args.accumulate_allreduce_grads_in_fp32 = True
     names = {"bf16": args.bf16, "fp16": args.fp16, "fp64": args.exact_reductions}

@@ -7,6 +7,8 @@ need neither torch nor megatron-core; `SHAPE` is a model of three quantised bloc
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -16,12 +18,15 @@ import struct
 import subprocess
 import sys
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from metis.errors import MetisError
+from tests._distributed import run_ranks, use_fast_checkpoint_queue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRY_SCRIPT = REPOSITORY / "pretrain_llama.py"
@@ -157,3 +162,54 @@ def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True)
     values = [json.loads(line) for line in lines if line.endswith("\n")]
     return [value for value in values if value["kind"] == kind]
+
+
+def run_in_process(
+    cases: Mapping[str, str], world_size: int = 1, timeout: float = 600.0
+) -> dict[str, Outcome]:
+    """Run the trainer once per case (name -> options after SHAPE) in one process group.
+
+    For what does not depend on how a process starts and ends. Returns name -> outcome: standard output of the
+    last rank, standard error of all ranks.
+    """
+    by_rank = run_ranks(_run_cases, world_size, dict(cases), timeout=timeout)
+    return {
+        name: replace(by_rank[-1][name], stderr="".join(rank[name].stderr for rank in by_rank))
+        for name in cases
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run in a process group printed, and the error that ended it, if any."""
+
+    stdout: str
+    stderr: str
+    error: str
+
+
+def _run_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, Outcome]:
+    use_fast_checkpoint_queue()
+    return {name: _run_case(world_size, line) for name, line in cases.items()}
+
+
+def _run_case(world_size: int, line: str) -> Outcome:
+    from metis.training.arguments import parse_args, validate_args
+    from metis.training.initialize import initialize, shut_down
+    from metis.training.preflight import preflight
+
+    error, stdout, stderr = "", io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            args = parse_args([*SHAPE.split(), *line.split()])
+            validate_args(args, world_size)
+            preflight(args)
+            initialize(args)
+            from metis.training.loop import pretrain
+
+            pretrain(args)
+        except MetisError as failure:
+            error = str(failure)
+        finally:
+            shut_down(keep_process_group=True)
+    return Outcome(stdout.getvalue(), stderr.getvalue(), error)

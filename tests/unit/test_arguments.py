@@ -53,7 +53,7 @@ MEGATRON_DEFAULTS = [
      --manual-gc --deterministic-mode --calculate-per-token-loss --cross-entropy-loss-fusion
      --override-opt_param-scheduler --override-opt-param-scheduler --use-checkpoint-opt_param-scheduler
      --use-checkpoint-opt-param-scheduler --bf16 --fp16 --accumulate-allreduce-grads-in-fp32
-     --grad-reduce-in-bf16 --attention-softmax-in-fp32 --fp32-residual-connection --mock-data
+     --grad-reduce-in-bf16 --attention-softmax-in-fp32 --mock-data
      --reset-position-ids --reset-attention-mask --eod-mask-loss --legacy-tokenizer
      --tokenizer-sentencepiece-legacy --tokenizer-hf-use-fast --tokenizer-hf-include-special-tokens
      --trust-remote-code --finetune --async-save --use-persistent-ckpt-worker --ckpt-fully-parallel-load
