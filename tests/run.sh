@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every property at a count that fits 15 minutes on 2 cores:   bash tests/run.sh [PYTEST OPTIONS]
-# Full counts, with date, commit and counts appended to LOG.md: bash tests/run.sh --long [PYTEST OPTIONS]
+# Every property at a count that fits 15 minutes on 2 cores:   bash tests/run.sh [PYTEST ARGUMENTS]
+# Full counts, with date, commit and counts appended to LOG.md: bash tests/run.sh --long [PYTEST ARGUMENTS]
 #
 # Makes `.venv` in the clone (METIS_PYTHON=PATH uses that one instead). The last line is pytest's own summary, the
 # exit status is pytest's.
@@ -19,13 +19,13 @@ done
 export OMP_NUM_THREADS=1
 command=("$METIS_PY" -m pytest --durations=10 --durations-min=5)
 if [ -z "$long" ]; then
-    exec "${command[@]}" -m "not long" ${arguments[@]+"${arguments[@]}"} tests
+    exec "${command[@]}" -m "not long" ${arguments[@]+"${arguments[@]}"}
 fi
 
 output="$(mktemp)"
 trap 'rm -f "$output"' EXIT
 status=0
-"${command[@]}" ${arguments[@]+"${arguments[@]}"} tests | tee "$output" || status=$?
+"${command[@]}" ${arguments[@]+"${arguments[@]}"} | tee "$output" || status=$?
 {
     echo
     echo "## $(date -u +%Y-%m-%d) tests/run.sh --long${arguments[*]+ ${arguments[*]}}"

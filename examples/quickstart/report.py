@@ -116,7 +116,7 @@ def problems(summary: dict[str, Any], margin: float) -> list[str]:
     for run in summary["recipes"]:
         loss = run["validation_loss"]
         if loss is None:
-            found.append(f"{run['recipe']}: validation loss must be finite and is not; see its log.txt")
+            found.append(f"{run['recipe']}: validation loss must be there and finite; see its log.txt")
         elif not loss < entropy - margin:
             found.append(
                 f"{run['recipe']}: validation loss must be below the unigram entropy {entropy:.3f} by more "

@@ -212,7 +212,7 @@ def test_only_finite_losses_well_below_the_entropy_pass():
     found = report.problems(summary, 0.25)
     assert len(found) == 2
     assert found[0].startswith("b: validation loss must be below the unigram entropy 6.000")
-    assert found[1].startswith("c: validation loss must be finite")
+    assert found[1].startswith("c: validation loss must be there and finite")
 
 
 def test_smoothing_is_the_mean_of_the_last_values():
