@@ -146,14 +146,14 @@ def _rank_main(
         fn, args = pickle.loads(payload)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = fn(rank, world_size, *args)
-        sender.send((True, result))
+        sender.send_bytes(pickle.dumps((True, result)))
         sender.close()
         # A rank that leaves early would break the connections of one that is still computing.
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         try:
-            sender.send((False, traceback.format_exc()))
+            sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
         except OSError:
             pass
         sys.stdout.flush()
@@ -176,7 +176,7 @@ def _collect(
         for receiver in ready:
             rank = waiting.pop(receiver)
             try:
-                succeeded, value = receiver.recv()
+                succeeded, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 ranks[rank][0].join(5)
                 raise RankError(
