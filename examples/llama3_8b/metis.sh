@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# LLaMA-3 8B, one of three runs that differ in the recipe alone; settings and their defaults are in common.sh.
+set -euo pipefail
+RUN_NAME=metis
+RECIPE_OPTIONS=(--recipe metis)
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
