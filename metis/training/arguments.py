@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the argparse parser of the option table; it produces only what the command line says."""
     parser = _Parser(
         prog="pretrain_llama.py",
+        usage="[torchrun ...] %(prog)s --preset NAME --recipe NAME --data-path PREFIX ... [OPTIONS]",
         description="Pretrain LLaMA-type models in FP4 on megatron-core. Options have Megatron-LM's names.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -180,10 +180,12 @@ def _set_seeds(args: Namespace) -> None:
 
 def shut_down(*, keep_process_group: bool = False) -> None:
     """Undo `initialize`: drop model-parallel groups, calculators and, unless kept, the process group."""
+    if not dist.is_initialized():
+        return  # it failed before there was anything to undo
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
 
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_process_group:
+    if not keep_process_group:
         dist.destroy_process_group()
