@@ -190,10 +190,11 @@ class Outcome:
 
 def _run_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, Outcome]:
     use_fast_checkpoint_queue()
-    return {name: _run_case(world_size, line) for name, line in cases.items()}
+    return {name: run_case(world_size, line) for name, line in cases.items()}
 
 
-def _run_case(world_size: int, line: str) -> Outcome:
+def run_case(world_size: int, line: str) -> Outcome:
+    """Run the trainer once on this rank, inside the process group that exists."""
     from metis.training.arguments import parse_args, validate_args
     from metis.training.initialize import initialize, shut_down
     from metis.training.preflight import preflight

@@ -7,17 +7,26 @@ for one with it. All bitwise unless a tolerance says otherwise.
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests._distributed import run_ranks
+from metis.training.retention import TRACKER_NAME
+from metis.training.signals import EXITED_CLEANLY
+from tests._distributed import run_ranks, use_fast_checkpoint_queue
 from tests.integration._trainer import (
+    REPOSITORY,
     TOKENIZER,
     Outcome,
     data_options,
+    environment,
     read_metrics,
+    run_case,
     run_in_process,
     write_data,
 )
@@ -244,3 +253,47 @@ def _timeouts(rank: int, world_size: int) -> list[float]:
 
 def test_timeout_is_lowered_for_every_group() -> None:
     assert run_ranks(_timeouts, 2) == [[33.0, 33.0]] * 2
+
+
+def test_llama3_8b_scripts_differ_in_the_recipe_alone() -> None:
+    configs, commands = {}, {}
+    for recipe in ("bf16", "nvfp4", "metis"):
+        script = REPOSITORY / "examples" / "llama3_8b" / f"{recipe}.sh"
+        result = subprocess.run(
+            ["bash", str(script), "--print-config"],
+            env=environment(PYTHON=sys.executable, RUN_NAME="ignored", OUTPUT="/nowhere"),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        configs[recipe] = json.loads(result.stdout)
+        commands[recipe] = result.stderr.replace(f"--recipe {recipe} ", "--recipe RECIPE ")
+    assert {name: config["recipe"]["name"] for name, config in configs.items()} == {n: n for n in configs}
+    shared = ("model", "parallel", "training", "policy", "parameters", "tokens_total")
+    for name in ("nvfp4", "metis"):
+        assert commands[name] == commands["bf16"]
+        assert [configs[name][key] for key in shared] == [configs["bf16"][key] for key in shared]
+        assert configs[name]["num_quantized_linears"] == 112  # 28 of 32 blocks, 4 linears each
+    assert configs["bf16"]["parallel"]["data_parallel_size"] == 2
+
+
+def _run_started_61_seconds_ago(rank: int, world_size: int, line: str) -> Outcome:
+    from types import SimpleNamespace
+
+    from metis.training import loop
+
+    use_fast_checkpoint_queue()
+    loop.time = SimpleNamespace(time=lambda: time.time() - 61.0)
+    return run_case(world_size, line)
+
+
+def test_exit_duration_saves_and_leaves(folder: Path, one: dict[str, Outcome]) -> None:
+    data, save = data_options(str(folder / "text")), folder / "duration"
+    line = (
+        f"{data} --train-iters 100 --eval-iters 0 --exit-duration-in-mins 1 --save {save} --save-interval 100"
+    )
+    (outcome,) = run_ranks(_run_started_61_seconds_ago, 1, line)
+    assert outcome.error == "" and "exiting program after 1.0 minutes" in outcome.stdout
+    assert (save / TRACKER_NAME).read_text() == "1"
+    assert (save / EXITED_CLEANLY).read_text().startswith("1\texiting program after")
