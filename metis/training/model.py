@@ -14,6 +14,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import (
@@ -28,6 +29,7 @@ from torch import nn
 
 from metis.clock import TrainingClock
 from metis.config import Recipe
+from metis.diagnostics import describe
 from metis.errors import ConfigError
 from metis.mcore.initialization import initialize_parameters
 from metis.mcore.layer_spec import block_spec
@@ -277,6 +279,9 @@ def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]
     quantized = sum(recipe.is_quantized for recipe in recipes.values())
     listed = ", ".join(f"{name}: {count}" for name, count in by_recipe.items())
     print_rank_0(f" > quantised linears: {quantized} of {len(recipes)} ({listed})")
+    if dist.get_rank() == 0:
+        for recipe in {recipe.name: recipe for recipe in recipes.values() if recipe.is_quantized}.values():
+            print(f" > recipe {recipe.name},{describe(recipe).removeprefix(' >')}", flush=True)
     built = {linear.layer_name for linear in recipe_linears(chunks)}
     expected = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
     assert args.spec or built <= expected, sorted(built - expected)
