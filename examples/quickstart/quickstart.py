@@ -52,8 +52,8 @@ MODEL_OPTIONS = {
     "--seq-length": SEQ_LENGTH,
     "--max-position-embeddings": SEQ_LENGTH,
 }
-# At 4e-3 the gradient norm reached 76 in one step of one recipe, whose GEMMs were accurate to 23 dB and more at
-# that step: the model itself was on a cliff, and the losses compared that.
+# At 4e-3 the gradient norm of one recipe reached 76 in one step, its GEMMs accurate to 23 dB and more:
+# the model itself was on a cliff, and the losses compared that.
 SCHEDULE_OPTIONS = {
     "--global-batch-size": GLOBAL_BATCH_SIZE,
     "--micro-batch-size": GLOBAL_BATCH_SIZE // NUM_RANKS,
