@@ -63,6 +63,11 @@ _EXPECTED_WARNINGS = (
 )
 """Python warnings that a user of the trainer can do nothing about."""
 
+_EXPECTED_ON_CPU = (
+    r"When using sequence parallelism it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
+)
+"""Advice about GPUs."""
+
 _EXPECTED_MESSAGES = (
     # Announced at warning level; the machine is switched off here.
     ("megatron.core.rerun_state_machine", "RerunStateMachine initialized"),
@@ -72,8 +77,8 @@ _EXPECTED_MESSAGES = (
 """(logger, first words) of log records of the same kind."""
 
 
-def _silence_expected_warnings() -> None:
-    for message in _EXPECTED_WARNINGS:
+def _silence_expected_warnings(device: str) -> None:
+    for message in _EXPECTED_WARNINGS + (_EXPECTED_ON_CPU if device == "cpu" else ()):
         warnings.filterwarnings("ignore", message=message)
     for name, start in _EXPECTED_MESSAGES:
         logging.getLogger(name).addFilter(_Dropped(start))
@@ -92,7 +97,7 @@ class _Dropped:
 def initialize(args: Namespace) -> None:
     """Patch the engine, create all process groups, seed all generators."""
     select_device(args)
-    _silence_expected_warnings()
+    _silence_expected_warnings(args.device)
     megatron_patches.apply_patches(args.device)
     if args.exact_reductions:
         megatron_patches.patch_exact_grad_norm()

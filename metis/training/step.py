@@ -7,6 +7,7 @@ not depend on the layout.
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ class StepRunner:
             reports = self._run_schedule(data_iterator, num_microbatches, forward_only=False)
         except RuntimeError as error:
             if "Unexpected result" in str(error) or "found NaN" in str(error):
-                raise _non_finite(iteration, f"a gradient ({error})") from None
+                detail = re.search(r"message='([^']*)'", str(error))
+                raise _non_finite(iteration, f"a gradient ({detail[1] if detail else error})") from None
             raise
         if args.empty_unused_memory_level >= 1 and args.device == "cuda":
             torch.cuda.empty_cache()
