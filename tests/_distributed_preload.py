@@ -12,3 +12,5 @@ import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402
 import megatron.core.models.gpt.gpt_model  # noqa: E402
 import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel  # noqa: E402, F401
+
+import metis.training.loop  # noqa: E402, F401
