@@ -136,8 +136,8 @@ class SplitConfig:
     head_format: Literal["bf16", "literal"] = field(
         default="bf16",
         metadata={
-            "doc": "bf16: P and V rounded once, residual against the rounded ones. literal: both factors in NVFP4, "
-            "residual against the exact head, as the paper's equation reads; only for reproducing the "
+            "doc": "bf16: P and V rounded once, residual against the rounded ones. literal: both factors in "
+            "NVFP4, residual against the exact head, as the paper's equation reads; only for reproducing the "
             "paper"
         },
     )
@@ -263,8 +263,8 @@ class Recipe:
     amax_scope: Literal["global", "te"] = field(
         default="global",
         metadata={
-            "doc": "global: tensor amax reduced over all ranks that shard the tensor, codes do not depend on the "
-            "layout; te: Transformer Engine's choice, rank-local for weights and feature-sharded operands"
+            "doc": "global: tensor amax reduced over all ranks that shard the tensor, codes do not depend on "
+            "the layout; te: Transformer Engine's choice, rank-local for weights and feature-sharded operands"
         },
     )
 
