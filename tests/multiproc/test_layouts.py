@@ -40,9 +40,13 @@ def _wanted(recipe: str, mode: str, layout: str, everything: bool) -> bool:
     """Choose what runs by default; `--long` runs every combination."""
     if everything:
         return True
-    if recipe in CORE_RECIPES:
-        return mode == EXACT or (mode == PLAIN and layout != "tp2") or (mode == LOW and layout == "tp2_sp")
-    return mode == EXACT and layout in ("tp2_sp", "vpp2", "dp2_zero")
+    if mode == EXACT:
+        return recipe in CORE_RECIPES or layout in ("tp2_sp", "dp2_zero")
+    if recipe == "bf16":
+        return mode == PLAIN or layout == "tp2_sp"
+    if recipe == "metis" and layout == "tp2_sp":
+        return True
+    return recipe in CORE_RECIPES and mode == PLAIN and layout in ("vpp2", "dp2_zero")
 
 
 def _key(recipe: str, mode: str, layout: str) -> str:
