@@ -1,0 +1,311 @@
+"""Train on GPUs and judge the runs: bits, losses, resume, layouts, step times and memory.
+
+    python tests/gpu/check_gpu.py one|two [--parts a,b] [--device cpu] [--minutes 8]
+
+One idea: a part is a list of runs of the real entry script plus a judgement of their metrics files. Parts are
+isolated: a failing or hanging run is reported with the end of its log and the next part goes on. A part that
+would start after the time limit is reported as not run. The table comes last.
+
+Trap: `--device cpu` is a rehearsal with tiny shapes: it tries every command line; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _runs import (
+    FIRST_LOSS,
+    FIRST_STEP_FP32,
+    RECIPES,
+    REPOSITORY,
+    SAME_LOSS,
+    SAVED_AT,
+    STEPS_1B,
+    STEPS_COMPARED,
+    STEPS_TINY,
+    Run,
+    Session,
+    finite,
+    relative,
+    report_resume,
+    report_training,
+    same_bits,
+    speed,
+)
+
+
+def part_smoke(session: Session) -> None:
+    """Two steps, alone: fills caches and shows what breaks everywhere."""
+    run = session.tiny("smoke", "bf16", 2)
+    session.together([run], 180)
+    session.add("smoke", run.name, "ok" if run.ok else "FAILED", f"{run.status}, {run.seconds:.0f} s in all")
+
+
+def part_bits(session: Session) -> None:
+    """CPU and GPU bits of the same tensors."""
+    command = [sys.executable, str(REPOSITORY / "tests/gpu/bits.py"), "--device", session.device]
+    with open(session.scratch / "bits.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            status = str(process.wait(min(150.0, session.seconds_left)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = "timeout"
+    text = (session.scratch / "bits.log").read_text(errors="replace")
+    print(text[:6000].rpartition("\n{")[0] or text[-2500:])
+    last = text.strip().splitlines()[-1] if text.strip() else ""
+    result = json.loads(last) if last.startswith("{") else {"checks": 0, "different": {}, "measured": {}}
+    session.results["bits"] = result
+    verdict = "ok" if status == "0" and result["checks"] else "FAILED"
+    session.add(
+        "bits", "cpu = gpu", verdict, f"{result['checks']} checks, {len(result['different'])} different"
+    )
+    for name, value in result["measured"].items():
+        session.add("bits", name, "measured", str(value))
+
+
+def part_tiny(session: Session) -> None:
+    """The quickstart-size model with every recipe, one after another."""
+    runs = [session.tiny(f"tiny-{recipe}", recipe, STEPS_TINY) for recipe in RECIPES]
+    for run in runs:
+        session.together([run], 90)
+    report_training(session, "tiny", runs, must_learn=True)
+
+
+def part_billion(session: Session) -> None:
+    """The 1B preset with every recipe, one after another."""
+    runs = [session.billion(f"1b-{recipe}", recipe, STEPS_1B) for recipe in RECIPES]
+    for run in runs:
+        session.together([run], 110)
+    report_training(session, "1b", runs, must_learn=False)
+
+
+def part_resume(session: Session) -> None:
+    """Twice the same run, and one that is resumed from the middle, plain and in deterministic mode."""
+    modes: dict[str, dict[str, Any]] = {"plain": {}, "deterministic": {"deterministic_mode": None}}
+    runs: dict[str, list[Run]] = {}
+    for mode, more in modes.items():
+        for recipe in RECIPES:
+            name = f"resume-{recipe}-{mode}"
+            save = {"save": session.scratch / name, "save_interval": SAVED_AT}
+            load = {"load": session.scratch / name, "ckpt_step": SAVED_AT}
+            runs[f"{recipe} {mode}"] = [
+                session.tiny(f"{name}-{suffix}", recipe, STEPS_COMPARED, **more, **extra)
+                for suffix, extra in (("whole", save), ("again", {}), ("resumed", load))
+            ]
+    for index in range(3):
+        session.together([case[index] for case in runs.values()], 150)
+    for name, (whole, again, resumed) in runs.items():
+        repeat = same_bits(whole, again) if again.ok else again.status
+        report_resume(session, "resume", name, whole, resumed, SAVED_AT, f"; again: {repeat}")
+
+
+def part_resume_billion(session: Session) -> None:
+    """Resume the 1B preset with Metis's bases in use, plain and in deterministic mode, side by side.
+
+    Two checkpoints of 17 GB lie on the disk meanwhile. The plain run is a measurement: attention backward
+    adds in any order at this sequence length.
+    """
+    modes: dict[str, dict[str, Any]] = {"plain": {}, "deterministic": {"deterministic_mode": None}}
+    waves: list[list[Run]] = [[], [], []]
+    for mode, more in modes.items():
+        directory = session.scratch / f"1b-{mode}"
+        save = {"save": directory, "save_interval": 2, "exit_interval": 2}
+        load = {"load": directory}
+        for wave, suffix, extra in zip(waves, ("whole", "saved", "resumed"), ({}, save, load), strict=True):
+            wave.append(session.billion(f"1b-{suffix}-{mode}", "metis", 4, **more, **extra))
+    for wave in waves:
+        session.together(wave, 120)
+    for mode, whole, saved, resumed in zip(modes, *waves, strict=True):
+        if not saved.ok:
+            session.add("resume", f"1b metis {mode}", "FAILED", f"saving run: {saved.status}")
+            continue
+        first = f"; first half again: {same_bits(whole, saved, until=2)}"
+        report_resume(session, "resume", f"1b metis {mode}", whole, resumed, 2, first)
+        shutil.rmtree(session.scratch / f"1b-{mode}", ignore_errors=True)
+
+
+def part_deterministic_speed(session: Session) -> None:
+    """What deterministic mode costs at 1B, alone on the machine."""
+    runs = [
+        session.billion(f"1b-{recipe}-deterministic", recipe, 8, deterministic_mode=None)
+        for recipe in ("bf16",)
+    ]
+    for run in runs:
+        session.together([run], 60)
+    report_training(session, "1b", runs, must_learn=False)
+
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": None}
+DP2 = {"use_distributed_optimizer": None, "overlap_grad_reduce": None, "overlap_param_gather": None}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+def part_single(session: Session) -> None:
+    """What two ranks are compared with: each recipe on one GPU; the other GPU has a 1B run meanwhile."""
+    runs = [session.tiny(f"single-{recipe}", recipe, STEPS_COMPARED) for recipe in RECIPES]
+    large = session.billion("1b-metis", "metis", STEPS_1B)
+    large.gpu = 1
+    session.together([*runs, large], 110)
+    for run in runs:
+        session.add("one rank", run.name, "ok" if run.ok else "FAILED", run.status)
+    report_training(session, "1b", [large], must_learn=False)
+
+
+def compare_layout(session: Session, layout: str, options: dict[str, Any]) -> None:
+    """Run every recipe on two ranks and compare with one rank from the same seed and data."""
+    for recipe in RECIPES:
+        run = session.tiny(f"{layout}-{recipe}", recipe, STEPS_COMPARED, 2, **options)
+        if layout == "tp2":
+            run.options |= {"--save": session.scratch / run.name, "--save-interval": SAVED_AT}
+        session.together([run], 70)
+        single = session.done.get(f"single-{recipe}")
+        if not run.ok or single is None or not single.ok:
+            session.add(layout, recipe, "FAILED", run.status if single is None else single.status)
+            continue
+        losses = relative(single.values("lm_loss"), run.values("lm_loss"))
+        norms = relative(single.values("grad_norm"), run.values("grad_norm"))
+        good = finite(run) and losses[0] < FIRST_LOSS[recipe] and max(losses) < SAME_LOSS[recipe]
+        detail = (
+            f"loss: first step {losses[0]:.1e}, worst of {len(losses)} {max(losses):.1e}; "
+            f"grad norm: first {norms[0]:.1e}, worst {max(norms):.1e}; "
+            f"{1000 * speed(run)['step_seconds']:.0f} ms/step"
+        )
+        session.add(layout, recipe, "ok" if good else "DIFFERS", detail)
+
+
+def part_tp2(session: Session) -> None:
+    """Tensor and sequence parallelism over two GPUs."""
+    compare_layout(session, "tp2", TP2)
+
+
+def part_tp2_fp32(session: Session) -> None:
+    """One step of each recipe without --bf16, on one rank and with tensor and sequence parallelism."""
+    for recipe in RECIPES:
+        single = session.tiny(f"fp32-single-{recipe}", recipe, 1)
+        sharded = session.tiny(f"fp32-tp2-{recipe}", recipe, 1, 2, **TP2)
+        for run in (single, sharded):
+            del run.options["--bf16"]
+            session.together([run], 70)
+        if not single.ok or not sharded.ok:
+            session.add("tp2 fp32", recipe, "FAILED", f"{single.status}, {sharded.status}")
+            continue
+        loss, norm = (
+            relative(single.values(name), sharded.values(name))[0] for name in ("lm_loss", "grad_norm")
+        )
+        limits = FIRST_STEP_FP32[recipe]
+        good = loss < limits[0] and norm < limits[1]
+        detail = f"first step: loss {loss:.1e}, grad norm {norm:.1e}"
+        session.add("tp2 fp32", recipe, "ok" if good else "DIFFERS", detail)
+
+
+def part_dp2(session: Session) -> None:
+    """Data parallelism with the distributed optimizer and overlapped communication."""
+    compare_layout(session, "dp2", DP2)
+
+
+def part_pp2(session: Session) -> None:
+    """Two pipeline stages."""
+    compare_layout(session, "pp2", PP2)
+
+
+def part_resume_tp2(session: Session) -> None:
+    """Resume at TP=2 from the middle of the runs of `tp2`."""
+    for recipe in RECIPES:
+        whole = session.done[f"tp2-{recipe}"]
+        load = {"load": session.scratch / whole.name, "ckpt_step": SAVED_AT}
+        resumed = session.tiny(f"tp2-{recipe}-resumed", recipe, STEPS_COMPARED, 2, **TP2, **load)
+        session.together([resumed], 70)
+        report_resume(session, "resume tp2", recipe, whole, resumed, SAVED_AT)
+
+
+def part_billion_tp2(session: Session) -> None:
+    """The 1B preset at TP=2 with sequence parallelism."""
+    runs = [session.billion(f"1b-tp2-{recipe}", recipe, 8, 2, **TP2) for recipe in RECIPES]
+    for run in runs:
+        session.together([run], 90)
+    report_training(session, "1b tp2", runs, must_learn=False)
+
+
+PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
+    "one": {
+        "smoke": part_smoke, "bits": part_bits, "resume": part_resume, "billion": part_billion,
+        "tiny": part_tiny, "resume-billion": part_resume_billion,
+        "deterministic-speed": part_deterministic_speed,
+    },
+    "two": {
+        "single": part_single, "tp2": part_tp2, "resume-tp2": part_resume_tp2, "dp2": part_dp2,
+        "pp2": part_pp2, "tp2-fp32": part_tp2_fp32, "billion-tp2": part_billion_tp2,
+    },
+}  # fmt: skip
+
+
+def describe_machine() -> str:
+    """Return device and versions in one line."""
+    code = (
+        "import platform, torch; from megatron.core.package_info import __version__ as m; c = torch.cuda;"
+        "print(f'{c.device_count()} x {c.get_device_name()}' if c.is_available() else 'CPU', 'torch',"
+        "torch.__version__, 'CUDA', torch.version.cuda, 'megatron-core', m,"
+        "'Python', platform.python_version())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-300:]
+
+
+def write_report(session: Session) -> None:
+    """Write table, results and all logs in one file each."""
+    lines = [f"{part:<12} {name:<34} {verdict:<9} {detail}" for part, name, verdict, detail in session.table]
+    (session.out / "table.txt").write_text("\n".join(lines) + "\n")
+    (session.out / "results.json").write_text(json.dumps(session.results, indent=1))
+    with open(session.out / "logs.txt", "w") as stream:
+        for log in sorted(session.scratch.glob("*.log"), key=lambda path: path.stat().st_mtime):
+            stream.write(f"\n######## {log.name}\n{log.read_text(errors='replace')[-150_000:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("machine", choices=PARTS)
+    parser.add_argument("--parts", help="some of the machine's parts, separated by commas")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--data", type=Path, default=REPOSITORY / ".gpu_data", help="t.bin, t.idx, sp.model")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no part starts after this")
+    args = parser.parse_args()
+    out = Path(os.environ.get("OUT", REPOSITORY / "runs" / "gpu"))
+    out.mkdir(parents=True, exist_ok=True)
+    parts = PARTS[args.machine]
+    chosen = list(parts) if args.parts is None else args.parts.split(",")
+    if unknown := [name for name in chosen if name not in parts]:
+        parser.error(f"--parts must be of {', '.join(parts)}, received {', '.join(unknown)}")
+    with tempfile.TemporaryDirectory(prefix="metis-gpu-") as scratch:
+        deadline = time.time() + 60 * args.minutes
+        session = Session(args.device, args.data.resolve(), out, Path(scratch), deadline)
+        session.results["machine"] = describe_machine()
+        print(session.results["machine"])
+        for name in chosen:
+            if session.seconds_left < 20.0:
+                session.add(name, "", "NOT RUN", "time limit")
+                continue
+            began = time.time()
+            try:
+                parts[name](session)
+            except Exception as error:  # the next part may still tell something
+                session.add(name, "", "FAILED", f"{type(error).__name__}: {error}")
+            print(f"== {name}: {time.time() - began:.0f} s")
+            write_report(session)
+    print(session.results["machine"])
+    print((out / "table.txt").read_text())
+    return 0 if all(verdict in ("ok", "measured") for _, _, verdict, _ in session.table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
