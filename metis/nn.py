@@ -25,6 +25,7 @@ from metis.decompose import basis as algebra
 from metis.errors import ConfigError, ShapeError
 from metis.functional import LinearPlan, quantized_linear
 from metis.operand import Axis, coefficients
+from metis.recipes import resolve_recipe
 from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition, stream_key
 
@@ -357,7 +358,8 @@ def _check_tokens(layer: str, tokens: Axis) -> None:
 
 
 class MetisLinear(nn.Module):
-    """Drop-in for `torch.nn.Linear` that computes by a recipe; one rank, torch only.
+    """Drop-in for `torch.nn.Linear` that computes by a recipe (a value, a name or a file); one rank, torch
+    only.
 
     Call `after_step()` once after every optimizer step: it advances the clock and renews the bases. The
     recipe `bf16` is `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of
@@ -372,13 +374,14 @@ class MetisLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        recipe: Recipe,
+        recipe: Recipe | str,
         name: str = "linear",
         clock: TrainingClock | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        recipe = resolve_recipe(recipe) if isinstance(recipe, str) else recipe
         self.clock = clock or TrainingClock()
         self.owns_clock = clock is None
         plain = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)

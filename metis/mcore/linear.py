@@ -81,7 +81,7 @@ class _RecipeLinear(torch.nn.Module):
     @torch.no_grad()
     def load_full_weight(self, full: Tensor) -> None:
         """Set u, s, v and the residual weight from the whole matrix, fp32 [N, K] in the engine's order."""
-        u, s, v, residual = split_by_svd(full, self.s.numel())
+        u, s, v, residual = split_by_svd(full, self.s.numel(), self.weight.dtype)
         rows, cols = self.core.out_features, self.core.in_features
         self.u.copy_(rows.local_rows(u))
         self.s.copy_(s)

@@ -210,7 +210,7 @@ _BATCH = (
     _opt("--empty-unused-memory-level", int, 0, "1: empty the GPU cache before, 2: also after the step",
          "loop",
          choices=(0, 1, 2)),
-    _switch("--deterministic-mode", "deterministic kernels only", "initialize"),
+    _switch("--deterministic-mode", "deterministic kernels only (bitwise resume on GPUs)", "initialize"),
     _switch("--calculate-per-token-loss", "weigh losses by tokens instead of by micro batches", "loop"),
     _switch("--cross-entropy-loss-fusion", "fused cross entropy", "model"),
     _off("--no-masked-softmax-fusion", "masked_softmax_fusion", "no fused softmax", "model"),
