@@ -16,14 +16,14 @@ in bf16 (arXiv
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from metis.config import Recipe, from_dict, to_dict
 from metis.errors import ConfigError
-from metis.recipes import BF16, read_mapping, resolve_recipe
+from metis.recipes import BF16, RECIPES, read_mapping, resolve_recipe
 
 RUN_RECIPE = "run"
 LINEAR_NAMES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -32,10 +32,14 @@ DEFAULT_BF16_FRACTION_AT_END = 0.125
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyRule:
-    """One line of a policy: linears whose path matches `match` (shell glob) use `recipe`."""
+    """One line of a policy: linears whose path matches `match` (shell glob) use `recipe`.
+
+    recipe: `run`, a known name, or a value. A file is read once, when the policy is, so that checkpoints hold
+    and compare its content.
+    """
 
     match: str
-    recipe: str = RUN_RECIPE
+    recipe: str | Recipe = RUN_RECIPE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,8 @@ class Policy:
         """Return the recipe of the linear at `path`; raises ConfigError when no rule matches it."""
         for rule in self.rules:
             if fnmatch.fnmatchcase(path, rule.match):
+                if isinstance(rule.recipe, Recipe):
+                    return rule.recipe
                 return run_recipe if rule.recipe == RUN_RECIPE else resolve_recipe(rule.recipe)
         raise ConfigError(
             "--policy", f"must cover every linear, but no rule matches {path!r}; end with match: '*'"
@@ -72,9 +78,10 @@ class Policy:
                 )
         for index, rule in enumerate(self.rules):
             if index not in used:
+                name = rule.recipe.name if isinstance(rule.recipe, Recipe) else rule.recipe
                 raise ConfigError(
                     "--policy",
-                    f"rule {index + 1} ({rule.match!r} -> {rule.recipe}) must match at least one linear "
+                    f"rule {index + 1} ({rule.match!r} -> {name}) must match at least one linear "
                     "that no "
                     "earlier rule takes, and matches none; paths look like 'decoder.layers.0.mlp.linear_fc1'",
                 )
@@ -135,15 +142,26 @@ def resolve_policy(
             f"--policy {spec}", "must hold one key, 'rules', with a list of {match, recipe} entries"
         )
     policy = Policy(
-        rules=tuple(
-            from_dict(PolicyRule, rule, f"--policy {spec}.rules[{i}]") for i, rule in enumerate(rules)
-        )
+        rules=tuple(_read_rule(rule, f"--policy {spec}.rules[{i}]") for i, rule in enumerate(rules))
     )
-    for rule in policy.rules:
-        if rule.recipe != RUN_RECIPE:
-            resolve_recipe(rule.recipe)
     policy.check_matches(linear_paths(num_layers))
     return policy
+
+
+def _read_rule(data: Any, where: str) -> PolicyRule:
+    """Return one rule of a policy file; `recipe` may be written out, as it is in checkpoints."""
+    recipe = data.get("recipe") if isinstance(data, Mapping) else None
+    if isinstance(recipe, Mapping):
+        rule = from_dict(PolicyRule, {key: data[key] for key in data if key != "recipe"}, where)
+        return replace(rule, recipe=from_dict(Recipe, recipe, f"{where}.recipe"))
+    rule = from_dict(PolicyRule, data, where)
+    if rule.recipe == RUN_RECIPE:
+        return rule
+    try:
+        found = resolve_recipe(str(rule.recipe))
+    except ConfigError as error:
+        raise ConfigError(f"{where}.recipe: {error.where}", error.message) from None
+    return rule if rule.recipe in RECIPES else replace(rule, recipe=found)
 
 
 def recipes_by_path(policy: Policy, run_recipe: Recipe, num_layers: int) -> dict[str, Recipe]:

@@ -114,7 +114,7 @@ def resolve_recipe(spec: str) -> Recipe:
     base = data.pop("base", None)
     if base is None:
         return from_dict(Recipe, data, f"--recipe {spec}")
-    if base not in RECIPES:
+    if not isinstance(base, str) or base not in RECIPES:
         raise ConfigError(
             f"--recipe {spec}.base",
             f"must be one of {', '.join(RECIPES)}, received {base!r}{nearest_name(str(base), RECIPES)}",

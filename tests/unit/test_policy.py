@@ -103,6 +103,18 @@ def test_yaml_and_recipe_files_inside_rules(tmp_path: Path):
     assert {recipe.name for recipe in recipes.values()} == {"mine", "nvfp4"}
 
 
+def test_plain_values_hold_the_content_of_recipe_files_and_read_back(tmp_path: Path):
+    recipe_file = _file(tmp_path, {"base": "metis", "basis": {"oversample": 4}}, "mine.json")
+    path = _file(tmp_path, {"rules": [{"match": "*.linear_fc2", "recipe": recipe_file}, {"match": "*"}]})
+    policy = resolve_policy(path, 2, None, None)
+    _file(tmp_path, {"base": "metis", "basis": {"oversample": 5}}, "mine.json")
+    assert policy.recipe_for("decoder.layers.0.mlp.linear_fc2", NVFP4).basis.oversample == 4
+    assert policy.to_dict() != resolve_policy(path, 2, None, None).to_dict()
+    plain = json.loads(json.dumps(policy.to_dict()))
+    assert plain["rules"][0]["recipe"]["basis"]["oversample"] == 4
+    assert resolve_policy(_file(tmp_path, plain, "stored.json"), 2, None, None) == policy
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

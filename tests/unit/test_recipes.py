@@ -116,6 +116,7 @@ def test_a_file_without_a_base_starts_from_the_defaults(tmp_path: Path):
     ("name", "text", "message"),
     [
         ("r.yaml", "base: meits", r"r\.yaml\.base: must be one of .*received 'meits'; did you mean 'metis'"),
+        ("r.yaml", "base: [metis]", r"r\.yaml\.base: must be one of .*received \['metis'\]"),
         ("r.yaml", "base: metis\nbasis: {oversampel: 3}", r"basis\.oversampel: .*did you mean 'oversample'"),
         ("r.yaml", "base: metis\nbasis: null", "basis: must be given exactly when a cell has a split"),
         ("r.yaml", "a: [1", r"must hold valid yaml, received"),
