@@ -351,6 +351,22 @@ class Recipe:
         """Whether any GEMM runs in FP4."""
         return any(getattr(self, name).quantizer is not None for name in CELL_NAMES)
 
+    def quantized_ranks(self, in_features: int, out_features: int) -> list[tuple[str, int]]:
+        """Return (setting, columns) of every head whose factors are themselves quantised, K and N given."""
+        found = []
+        for operand, features in (
+            ("input", in_features),
+            ("weight", in_features),
+            ("grad_output", out_features),
+        ):
+            split = getattr(self, f"{operand}_split")
+            if split is not None and split.head_format == "literal":
+                found.append((f"rank of the {operand} split", split.rank.columns(features)))
+        factors = self.reparametrisation
+        if factors is not None and factors.factor_quantizer is not None:
+            found.append(("reparametrisation.rank", factors.rank.columns(in_features)))
+        return found
+
     @property
     def input_split(self) -> SplitConfig | None:
         """The split of x, in fprop or wgrad."""

@@ -11,7 +11,7 @@ before step t began.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -315,7 +315,7 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
 
 
 def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:
-    for setting, rank in _quantized_ranks(recipe, in_features, out_features):
+    for setting, rank in recipe.quantized_ranks(in_features.size, out_features.size):
         if rank % 16:
             raise ConfigError(
                 f"{layer}: recipe {recipe.name!r}: {setting}",
@@ -332,18 +332,6 @@ def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features:
                 f"{per_part}; "
                 "change the size or the tensor-parallel size, or keep this layer in bf16 with a policy",
             )
-
-
-def _quantized_ranks(recipe: Recipe, in_features: Axis, out_features: Axis) -> Iterator[tuple[str, int]]:
-    """Yield (setting, columns) of every head whose factors are themselves quantised."""
-    for operand in OPERANDS:
-        split = getattr(recipe, f"{operand}_split")
-        if split is not None and split.head_format == "literal":
-            features = out_features if operand == "grad_output" else in_features
-            yield f"rank of the {operand} split", split.rank.columns(features.size)
-    factors = recipe.reparametrisation
-    if factors is not None and factors.factor_quantizer is not None:
-        yield "reparametrisation.rank", factors.rank.columns(in_features.size)
 
 
 def _check_tokens(layer: str, tokens: Axis) -> None:

@@ -48,6 +48,18 @@ def linear_shards(args: Namespace) -> dict[str, list[tuple[str, int, str]]]:
     }
 
 
+def linear_sizes(args: Namespace) -> dict[str, tuple[int, int]]:
+    """Return (in_features K, out_features N) of each linear of a block, whole."""
+    hidden, ffn = args.hidden_size, args.ffn_hidden_size
+    query, key = args.num_attention_heads * args.kv_channels, args.num_query_groups * args.kv_channels
+    return {
+        "self_attention.linear_qkv": (hidden, query + 2 * key),
+        "self_attention.linear_proj": (query, hidden),
+        "mlp.linear_fc1": (hidden, ffn * (2 if args.swiglu else 1)),
+        "mlp.linear_fc2": (ffn, hidden),
+    }
+
+
 def count_parameters(args: Namespace) -> int:
     """Return the number of trainable parameters of the whole model (all ranks), padded vocabulary included.
 

@@ -199,8 +199,6 @@ def _layer_spec(
 
 def _imported_spec(args: Namespace, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Return what `--spec MODULE FUNCTION` gives: a spec, or a function of (config, vp_stage)."""
-    if len(args.spec) != 2:
-        raise ConfigError("--spec", f"must be a module and a name, received {' '.join(args.spec)}")
     try:
         found = getattr(importlib.import_module(args.spec[0]), args.spec[1])
     except (ImportError, AttributeError) as error:

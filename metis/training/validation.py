@@ -13,9 +13,10 @@ the NullTokenizer; `preflight` fills it in.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
-from metis.training.accounting import linear_shards
+from metis.training.accounting import linear_shards, linear_sizes
 from metis.training.validation_checks import require, warn
 from metis.training.validation_layout import (
     check_batch,
@@ -42,7 +43,7 @@ def validate_args(args: Namespace, world_size: int) -> None:
     Derived: data_parallel_size, global_batch_size, ffn_hidden_size, kv_channels, num_query_groups,
     padded_vocab_size (when known without the tokenizer), virtual_pipeline_model_parallel_size,
     overlap_p2p_comm, batch_p2p_comm, sequence_parallel, params_dtype_name, split, recompute_granularity,
-    start/end_weight_decay, resolved_recipe, resolved_policy and others as in Megatron-LM.
+    start/end_weight_decay, resolved_recipe, resolved_policy, factored_linears and others as in Megatron-LM.
 
     Raises ConfigError at the first violation.
     """
@@ -180,8 +181,59 @@ def _check_recipe(args: Namespace) -> None:
     args.resolved_recipe = recipe_to_dict(recipe)
     args.resolved_policy = policy.to_dict()
     recipes = recipes_by_path(policy, recipe, args.num_layers)
+    args.factored_linears = {}
     for path, used in recipes.items():
+        _check_ranks(args, path, used)
         _check_linear(args, path, used)
+    if args.spec is not None:
+        _check_spec(args, recipes)
+
+
+def _check_spec(args: Namespace, recipes: Mapping[str, Any]) -> None:
+    require(
+        len(args.spec) == 2,
+        "--spec",
+        f"must be a module and a name, received {' '.join(args.spec) or 'nothing'}",
+    )
+    ours = next((used.name for used in recipes.values() if not used.is_high_precision), None)
+    require(
+        ours is None,
+        "--spec",
+        f"replaces the layers that compute by a recipe, received recipe {ours} as well; use --recipe bf16",
+    )
+
+
+def _check_ranks(args: Namespace, path: str, recipe: Any) -> None:
+    """Check the ranks of the heads of the linear at `path`, and note the columns of trained factors.
+
+    `args.factored_linears` maps the path of each reparametrised linear to its rank: which parameters there
+    are, as compared when a checkpoint is loaded.
+    """
+    where = f"{path} (recipe {recipe.name})"
+    in_features, out_features = linear_sizes(args)[path.split(".", 3)[3]]
+    for setting, rank in recipe.quantized_ranks(in_features, out_features):
+        require(
+            rank % BLOCK == 0,
+            where,
+            f"must have a {setting} divisible by {BLOCK}, since NVFP4 blocks run along it, received {rank}",
+        )
+    if recipe.reparametrisation is not None:
+        rank, most = recipe.reparametrisation.rank.columns(in_features), min(in_features, out_features)
+        require(
+            rank <= most,
+            where,
+            f"must have reparametrisation.rank of at most min(K, N) = {most}, received {rank}; lower "
+            "rank.fixed or rank.minimum",
+        )
+        args.factored_linears[path] = rank
+    if recipe.basis is not None:
+        tp, chunks = args.tensor_model_parallel_size, recipe.basis.num_canonical_chunks
+        require(
+            chunks % tp == 0,
+            where,
+            f"must have basis.num_canonical_chunks a multiple of the tensor parallel size {tp}, received "
+            f"{chunks}",
+        )
 
 
 def _check_linear(args: Namespace, path: str, recipe: Any) -> None:
@@ -203,19 +255,13 @@ def _check_linear(args: Namespace, path: str, recipe: Any) -> None:
             "change "
             f"{options} or --tensor-model-parallel-size, or keep this layer in bf16 with --policy",
         )
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    cp = args.context_parallel_size
+    pieces = 1 if cp == 1 else 2 * cp  # a context parallel rank holds two pieces of the sequence, apart
+    tokens = args.micro_batch_size * args.seq_length // pieces
     require(
         tokens % BLOCK == 0,
         where,
-        f"must have tokens per micro batch and context rank divisible by {BLOCK}, received {tokens} = "
-        f"{args.micro_batch_size} x {args.seq_length} / {args.context_parallel_size}; change --seq-length or "
+        f"must have tokens per micro batch {'and context piece ' if cp > 1 else ''}divisible by {BLOCK}, "
+        f"received {tokens} = {args.micro_batch_size} x {args.seq_length} / {pieces}; change --seq-length or "
         "--micro-batch-size",
-    )
-    chunks = recipe.basis.num_canonical_chunks if recipe.basis is not None else tp
-    require(
-        chunks % tp == 0,
-        "--recipe",
-        f"{recipe.name}: basis.num_canonical_chunks must be a multiple of the tensor parallel size {tp}, "
-        "received "
-        f"{chunks}",
     )

@@ -172,6 +172,10 @@ MISTAKES = [
     ("--recipe metis --ffn-hidden-size 712", 1, "decoder.layers.0.mlp.linear_fc1", "gate (and up)"),
     ("--recipe nvfp4 --tensor-model-parallel-size 4 --ffn-hidden-size 736", 4, "linear_fc1", "received 184"),
     ("--recipe nvfp4 --seq-length 252", 1, "decoder.layers.0", "received 504 = 2 x 252 / 1"),
+    ("--recipe nvfp4 --context-parallel-size 2 --seq-length 240", 2,
+     "decoder.layers.0", "received 120 = 2 x 240 / 4"),
+    ("--spec module", 1, "--spec", "a module and a name, received module"),
+    ("--spec module name --recipe nvfp4", 1, "--spec", "use --recipe bf16"),
 ]
 # fmt: on
 
@@ -218,6 +222,49 @@ def test_policy_rule_without_match_and_misspelled_recipe_key_are_refused(tmp_pat
     recipe.write_text(json.dumps({"base": "nvfp4", "fprop_inptu": None}))
     with pytest.raises(ConfigError, match="did you mean 'fprop_input'"):
         resolve(f"--recipe {recipe}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "words"),
+    [
+        (
+            {"base": "metis_paper", "reparametrisation": {"rank": {"fixed": 24}}},
+            1,
+            "reparametrisation.rank div",
+        ),
+        (
+            {
+                "base": "metis_paper",
+                "dgrad_grad_output": {"split": {"rank": {"fixed": 8}}},
+                "wgrad_grad_output": {"split": {"rank": {"fixed": 8}}},
+            },
+            1,
+            "rank of the grad_output split divisible by 16, since NVFP4 blocks run along it, received 8",
+        ),
+        (
+            {"base": "bf16_reparametrised", "reparametrisation": {"rank": {"fixed": 600}}},
+            1,
+            "at most min(K, N) = 256, received 600",
+        ),
+        (
+            {"base": "metis", "basis": {"num_canonical_chunks": 1}},
+            2,
+            "multiple of the tensor parallel size 2",
+        ),
+    ],
+)
+def test_ranks_and_chunks_of_a_recipe_file_are_checked_against_the_model(tmp_path, recipe, ranks, words):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(ConfigError) as caught:
+        resolve(f"--recipe {path} --policy all --tensor-model-parallel-size {ranks}", world_size=ranks)
+    assert caught.value.where.startswith("decoder.layers.0.") and words in caught.value.message
+
+
+def test_factored_linears_follow_recipe_and_policy():
+    factored = resolve("--recipe metis_paper").factored_linears
+    assert len(factored) == 3 * 4 and set(factored.values()) == {16}  # one of four blocks stays in bf16
+    assert resolve("--recipe metis").factored_linears == {}
 
 
 def test_ramp_up_with_samples_is_accepted_and_checked():
