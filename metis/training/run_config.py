@@ -34,6 +34,7 @@ SHAPE_FIELDS = (
     "num_query_groups",
     "kv_channels",
     "vocab_size",
+    "true_vocab_size",
     "swiglu",
     "normalization",
     "add_bias_linear",
@@ -78,6 +79,9 @@ PARALLEL_FIELDS = (
 TRAINING_FIELDS = (
     "recipe",
     "policy",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
     "params_dtype_name",
     "micro_batch_size",
     "global_batch_size",
@@ -88,6 +92,9 @@ TRAINING_FIELDS = (
     "tokenizer_model",
     "transformer_impl",
 )
+_EDGE_FIELDS = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+"""The policy by counts; a policy by file and by counts exclude each other."""
+
 _PACKAGES = ("torch", "megatron-core", "metis-fp4", "transformer-engine", "numpy")
 
 
@@ -105,6 +112,7 @@ def build_run_config(
         "model": _select(args, SHAPE_FIELDS + BEHAVIOUR_FIELDS + DESCRIPTIVE_FIELDS),
         "recipe": getattr(args, "resolved_recipe", None),
         "policy": getattr(args, "resolved_policy", None),
+        "factored_linears": getattr(args, "factored_linears", None),
         "parallel": _select(args, PARALLEL_FIELDS),
         "training": _select(args, TRAINING_FIELDS),
         "versions": dict(versions) if versions is not None else installed_versions(),
@@ -158,7 +166,9 @@ def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, 
     recipes.
 
     `stored` is a run config. Shapes must always agree; meanings (RoPE base, norm epsilon, tokenizer),
-    recipe and policy must agree unless `finetune`. A field is compared only where both sides know it.
+    recipe and policy must agree unless `finetune`; which linears are reparametrised, and at which rank, must
+    always agree, since their weights are stored as factors. A field is compared only where both sides know
+    it.
     """
     fields = SHAPE_FIELDS if finetune else SHAPE_FIELDS + BEHAVIOUR_FIELDS
     model = stored.get("model") or {}
@@ -170,6 +180,11 @@ def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, 
         requested,
         "--use-checkpoint-args",
     )
+    factored, wanted_factored = stored.get("factored_linears"), getattr(args, "factored_linears", None)
+    if factored is not None and wanted_factored is not None:
+        # A weight without its factors is another matrix, so --finetune cannot help either.
+        remedy = "a recipe and policy with the same reparametrised linears"
+        _refuse(where, "reparametrisation", factored, wanted_factored, remedy)
     if finetune:
         return
     for kind in ("recipe", "policy"):
@@ -238,15 +253,20 @@ def load_args_from_checkpoint(args: Namespace, given: set[str]) -> None:
     taken = {
         name: value
         for name, value in config["model"].items()
-        if name not in ("padded_vocab_size", "tokenizer_type")
+        if name not in ("padded_vocab_size", "true_vocab_size", "tokenizer_type")
     }
     training = config["training"]
-    taken.update({name: training[name] for name in ("recipe", "policy") if name in training})
+    by_count = given & set(_EDGE_FIELDS)
+    places = () if by_count else ("policy",) if "policy" in given else ("policy", *_EDGE_FIELDS)
+    taken.update({name: training[name] for name in ("recipe", *places) if name in training})
     taken["tokenizer_type"] = config["model"].get("tokenizer_type")
     if getattr(args, "use_tokenizer_model_from_checkpoint_args", True):
         taken["tokenizer_model"] = training.get("tokenizer_model")
     if getattr(args, "use_mp_args_from_checkpoint_args", False):
-        taken.update({name: config["parallel"].get(name) for name in PARALLEL_FIELDS[1:4]})
+        taken.update({name: config["parallel"].get(name) for name in PARALLEL_FIELDS[1:3]})
+        if "num_layers_per_virtual_pipeline_stage" not in given:
+            virtual = "num_virtual_stages_per_pipeline_rank"
+            taken[virtual] = config["parallel"].get("virtual_pipeline_model_parallel_size")
     for name, value in taken.items():
         if name not in given and (value is not None or not hasattr(args, name)):
             setattr(args, name, value)

@@ -1,0 +1,74 @@
+"""`run_config.json`: what a stored run gives to the next one, and which differences are refused.
+
+Oracle: the arguments of the first run, resolved by the same trainer.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from metis.errors import CheckpointError
+from metis.training import retention
+from metis.training.arguments import parse_args, validate_args
+from metis.training.run_config import RUN_CONFIG_NAME, build_run_config, check_compatible, to_json
+
+TINY = "--preset tiny --mock-data --vocab-size 1000 --micro-batch-size 2 --lr 1e-3 --train-iters 10"
+
+
+def _resolve(options: str, world_size: int = 1) -> Namespace:
+    args = parse_args([*TINY.split(), *options.split()])
+    validate_args(args, world_size)
+    return args
+
+
+def _stored(args: Namespace, folder: Path) -> dict:
+    directory = folder / "iter_0000004"
+    directory.mkdir()
+    for name in (".metadata", retention.METADATA_NAME):
+        (directory / name).touch()
+    (folder / retention.TRACKER_NAME).write_text("4\n")
+    text = to_json(build_run_config(args, 4, "none", versions={}))
+    (directory / RUN_CONFIG_NAME).write_text(text)
+    return json.loads(text)
+
+
+def test_checkpoint_arguments_restore_a_policy_by_counts(tmp_path: Path):
+    first = _resolve("--recipe nvfp4 --num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 0")
+    stored = _stored(first, tmp_path)
+    second = _resolve(f"--load {tmp_path} --use-checkpoint-args")
+    assert second.resolved_policy == first.resolved_policy
+    check_compatible("ckpt", stored, second, finetune=False)
+    # What the command line says replaces the counts as a whole.
+    policy = _resolve(f"--load {tmp_path} --use-checkpoint-args --policy all").resolved_policy
+    assert policy == {"rules": [{"match": "*", "recipe": "run"}]}
+
+
+def test_layout_of_a_checkpoint_includes_virtual_stages(tmp_path: Path):
+    layout = (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 4"
+    )
+    _stored(_resolve(layout, 2), tmp_path)
+    options = "--use-checkpoint-args --use-mp-args-from-checkpoint-args --global-batch-size 4"
+    second = _resolve(f"--load {tmp_path} {options}", 2)
+    assert (second.pipeline_model_parallel_size, second.virtual_pipeline_model_parallel_size) == (2, 2)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_factored_weights_are_not_read_as_plain_ones(tmp_path: Path, finetune: bool):
+    stored = _stored(_resolve("--recipe metis_paper"), tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"another reparametrisation: .*linear_qkv stored 16, requested None"
+    ):
+        check_compatible("ckpt", stored, _resolve("--recipe metis"), finetune=finetune)
+    # The control keeps the same parameters in high precision.
+    check_compatible("ckpt", stored, _resolve("--recipe bf16_reparametrised"), finetune=True)
+
+
+def test_another_vocabulary_is_another_model(tmp_path: Path):
+    first, second = _resolve(""), _resolve("")
+    first.true_vocab_size, second.true_vocab_size = 1001, 1002
+    stored = _stored(first, tmp_path)
+    with pytest.raises(CheckpointError, match="true_vocab_size stored 1001, requested 1002"):
+        check_compatible("ckpt", stored, second, finetune=True)
