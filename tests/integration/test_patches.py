@@ -221,8 +221,9 @@ def _resume_through_float32(rank: int, world_size: int, folder: str, cases: dict
 
     patch_exact_grad_norm()
     with _upstream(f"{DISTRIBUTED}.get_parameter_state_dp_zero"):
+        # False: applying the patches again would put back the one that is missing here.
         return _resume_curves(
-            rank, world_size, folder, True, {"fully_reshardable": cases["fully_reshardable"]}
+            rank, world_size, folder, False, {"fully_reshardable": cases["fully_reshardable"]}
         )
 
 
