@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from metis.errors import CheckpointError
 from metis.training import checkpoint_content as content
@@ -54,7 +55,13 @@ class _Found:
     finetune: bool
     config: dict[str, Any]
     metadata: dict[str, Any]
-    keys: frozenset[str]
+    shapes: dict[str, tuple[int, ...] | None]
+    """Of every stored tensor, by key; None for objects."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names of all stored tensors and objects."""
+        return frozenset(self.shapes)
 
 
 def load_checkpoint(
@@ -151,7 +158,7 @@ def _examine(args: Namespace) -> _Found | None:
     config = read_run_config(directory)
     if config is not None:
         check_compatible(str(directory), config, args, finetune=finetune or release)
-    keys = _verify_files(directory)
+    shapes = _verify_files(directory)
     common = _read_common(directory)
     if config is None:
         stored = vars(common["args"]) if "args" in common else {}
@@ -169,7 +176,7 @@ def _examine(args: Namespace) -> _Found | None:
         finetune=finetune,
         config=config,
         metadata=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
-        keys=keys,
+        shapes=shapes,
     )
 
 
@@ -182,9 +189,9 @@ def _read_common(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _verify_files(directory: Path) -> frozenset[str]:
-    """Check that every shard file is as long as `.metadata` says; return the keys of all stored tensors and
-    objects.
+def _verify_files(directory: Path) -> dict[str, tuple[int, ...] | None]:
+    """Check that every shard file is as long as `.metadata` says; return the shape of every stored tensor by
+    key, None for objects.
     """
     try:
         metadata = FileSystemReader(str(directory)).read_metadata()
@@ -206,7 +213,10 @@ def _verify_files(directory: Path) -> frozenset[str]:
                 f"is damaged: must have {size} bytes, received {received}; use --ckpt-step for another",
             )
     # Objects are stored under `key/shard_i_n`, tensors under their key.
-    return frozenset(key.split("/shard_")[0] for key in metadata.state_dict_metadata)
+    return {
+        key.split("/shard_")[0]: tuple(value.size) if isinstance(value, TensorStorageMetadata) else None
+        for key, value in metadata.state_dict_metadata.items()
+    }
 
 
 def _rng_fits(args: Namespace, found: _Found) -> bool:
@@ -258,12 +268,20 @@ def _drop_absent(sharded: dict[str, Any], found: _Found) -> set[str]:
     """Take what the checkpoint does not hold out of `sharded`; return the model entries that keep their
     fresh values.
 
-    Extra state (which other layer implementations lack) may be absent. With other weights as the start, so
-    may buffers such as basis state. Anything else raises CheckpointError on all ranks.
+    Extra state (which other layer implementations lack) may be absent. With other weights as the start,
+    buffers such as basis state may be absent or of another size (another rank). Anything else raises
+    CheckpointError on all ranks.
     """
+    keys, fresh = found.keys, found.finetune or found.release
+
+    def is_buffer(value: Any) -> bool:
+        return isinstance(value, ShardedTensor) and not isinstance(value.data, torch.nn.Parameter)
 
     def absent(value: Any) -> bool:
-        return isinstance(value, ShardedBase) and not _keys_of(value) <= found.keys
+        if not isinstance(value, ShardedBase):
+            return False
+        resized = fresh and is_buffer(value) and found.shapes.get(value.key) != tuple(value.global_shape)
+        return resized or not _keys_of(value) <= keys
 
     tolerated: set[str] = set()
     refused: list[str] = []
@@ -274,15 +292,12 @@ def _drop_absent(sharded: dict[str, Any], found: _Found) -> set[str]:
             continue
         sharded[part] = present
         for name, value in missing.items() if part.startswith("model") else ():
-            is_buffer = isinstance(value, ShardedTensor) and not isinstance(value.data, torch.nn.Parameter)
-            if _EXTRA_STATE in name or ((found.finetune or found.release) and is_buffer):
+            if _EXTRA_STATE in name or (fresh and is_buffer(value)):
                 tolerated.add(name)
             else:
                 refused.append(name)
         if not part.startswith("model"):
-            refused += sorted(
-                {key for value in nested_values(missing) for key in _keys_of(value)} - found.keys
-            )
+            refused += sorted({key for value in nested_values(missing) for key in _keys_of(value)} - keys)
     error = None
     if refused:
         shown = ", ".join(sorted(refused)[:5]) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
@@ -291,7 +306,8 @@ def _drop_absent(sharded: dict[str, Any], found: _Found) -> set[str]:
     buffers = sorted(name for name in tolerated if _EXTRA_STATE not in name)
     if buffers:
         print_rank_0(
-            f"  {len(buffers)} buffers are not in the checkpoint and start fresh, {buffers[0]} the first"
+            f"  {len(buffers)} buffers are not in the checkpoint, or of another size there, and start fresh, "
+            f"{buffers[0]} the first"
         )
     return tolerated
 

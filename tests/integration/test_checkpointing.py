@@ -477,6 +477,12 @@ def _refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
     assert_same_tensors(tuned.parameters(), session.parameters())
     assert torch.equal(tuned.first_layer().fresh, torch.ones(2))
 
+    resized = Session(folder, world_size, {}, finetune=True)
+    resized.register("basis", torch.ones(5, dtype=torch.float64))
+    assert resized.load()
+    assert torch.equal(resized.first_layer().basis, torch.ones(5, dtype=torch.float64))
+    assert_same_tensors(resized.parameters(), session.parameters())
+
     weights = Session(folder, world_size, {"distributed_optimizer": True}, no_load_optim=True)
     assert weights.load() and weights.state.iteration == 2
     assert_same_tensors(weights.parameters(), session.parameters())
