@@ -24,6 +24,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -205,7 +207,14 @@ def _imported_spec(args: Namespace, config: TransformerConfig, vp_stage: int | N
         raise ConfigError(
             "--spec", f"must name something importable, received {' '.join(args.spec)}: {error}"
         ) from None
-    return found(config, vp_stage) if callable(found) else found
+    spec = found(config, vp_stage) if callable(found) else found
+    if not isinstance(spec, ModuleSpec | TransformerBlockSubmodules):
+        raise ConfigError(
+            "--spec",
+            f"must give a ModuleSpec or TransformerBlockSubmodules, received {type(spec).__name__} from "
+            f"{' '.join(args.spec)}; a function is called with (config, vp_stage)",
+        )
+    return spec
 
 
 def _chunk(args: Namespace, config: TransformerConfig, spec: Any, vp_stage: int | None) -> LlamaModel:

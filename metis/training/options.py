@@ -109,7 +109,9 @@ _MODEL = (
     _opt("--transformer-impl", str, "auto", "norms and attention from Transformer Engine, or torch only",
          "model",
          choices=("auto", "local", "transformer_engine")),
-    _opt("--spec", str, None, "MODULE FUNCTION returning a layer spec in place of ours", "model", nargs="*"),
+    _opt("--spec", str, None,
+         "MODULE NAME of a layer spec in place of ours, or of a function of (config, vp_stage) "
+         "that returns one", "model", nargs="*"),
 )
 
 _RECIPE = (
