@@ -267,12 +267,17 @@ def test_amax_scope_decides_whose_amax_a_shard_is_scaled_by(monkeypatch: pytest.
 def test_num_canonical_chunks_bounds_the_shards_of_a_split_operand():
     axis = Axis(size=SIZE, runs=((0, SIZE // 4),), num_shards=4, group=Team(1))
     recipe = _changed("basis.num_canonical_chunks")
-    plan = LinearPlan(
-        recipe=recipe, layer="l", tokens=Axis.whole(16), in_features=axis, out_features=Axis.whole(16)
-    )
     x, v = torch.ones(16, SIZE // 4), torch.ones(SIZE // 4, 8, dtype=torch.bfloat16)
+    plan = LinearPlan(
+        recipe=recipe,
+        layer="l",
+        tokens=Axis.whole(16),
+        in_features=axis,
+        out_features=Axis.whole(16),
+        v_input=v,
+    )
     with pytest.raises(ConfigError, match=r"received 2 chunks .* and 4 ranks"):
-        plan.split(x, recipe.fprop_input, v, plan.tokens, axis)
+        plan.split(x, "fprop_input", plan.tokens, axis, None)
 
 
 def test_another_name_is_another_recipe_on_resume():
