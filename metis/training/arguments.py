@@ -53,11 +53,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**values)
     args.given = sorted(given)
     _check_ranges(args)
-    args.rank, args.world_size, args.local_rank = _launch_environment(os.environ, args)
     if args.use_checkpoint_args:
         from metis.training.run_config import load_args_from_checkpoint
 
         load_args_from_checkpoint(args, set(given))
+    args.rank, args.world_size, args.local_rank = _launch_environment(os.environ, args)
     if ignored:
         warn(args, f"accepted for compatibility, without effect here: {', '.join(ignored)}")
     return args

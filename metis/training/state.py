@@ -21,8 +21,7 @@ class TrainState:
     Fields: `iteration`, completed optimizer steps, skipped ones included; `consumed_train_samples` and
     `consumed_valid_samples`, sequences read over all data-parallel ranks; `skipped_train_samples`, the part
     of the training samples that `--iterations-to-skip` passed over; `skipped_iterations`, steps whose
-    update was not applied; `nan_iterations`, steps with a non-finite loss; `num_floating_point_operations`,
-    model FLOPs of all ranks together.
+    update was not applied; `num_floating_point_operations`, model FLOPs of all ranks together.
     """
 
     iteration: int = 0
@@ -30,7 +29,6 @@ class TrainState:
     consumed_valid_samples: int = 0
     skipped_train_samples: int = 0
     skipped_iterations: int = 0
-    nan_iterations: int = 0
     num_floating_point_operations: float = 0.0
 
     def to_dict(self) -> dict[str, int | float]:

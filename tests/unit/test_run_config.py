@@ -53,6 +53,9 @@ def test_layout_of_a_checkpoint_includes_virtual_stages(tmp_path: Path):
     options = "--use-checkpoint-args --use-mp-args-from-checkpoint-args --global-batch-size 4"
     second = _resolve(f"--load {tmp_path} {options}", 2)
     assert (second.pipeline_model_parallel_size, second.virtual_pipeline_model_parallel_size) == (2, 2)
+    # Outside a launcher the configuration is shown for the ranks that the stored layout needs.
+    shown = parse_args([*TINY.split(), "--load", str(tmp_path), *options.split(), "--print-config"])
+    assert shown.world_size == 2
 
 
 @pytest.mark.parametrize("finetune", [False, True])
