@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sysconfig
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from tests._distributed import run_ranks, use_fast_checkpoint_queue
 
 RECIPES = ("bf16", "nvfp4", "nvfp4_direct", "metis", "metis_paper", "bf16_reparametrised")
 SHAPE = (
-    "--preset tiny --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
+    "--preset tiny --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
     "--num-query-groups 2 --kv-channels 16 --seq-length 32 --max-position-embeddings 32 "
     "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
     "--eval-iters 0 --num-workers 0 --device cpu --log-interval 100 --seed 7"
 )
-ONE_RANK = {"one": ""}
+DEEP = "--num-layers 4"  # two virtual stages on two ranks need four blocks
+ONE_RANK = {"one": "", "one_deep": DEEP}
 TWO_RANKS = {
     "tp2": "--tensor-model-parallel-size 2",
     "tp2_sp": "--tensor-model-parallel-size 2 --sequence-parallel",
     "pp2": "--pipeline-model-parallel-size 2",
-    "vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    "vpp2": f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 {DEEP}",
     "dp2_zero": "--use-distributed-optimizer",
 }
 FOUR_RANKS = {"tp2_pp2": "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"}
@@ -71,12 +73,18 @@ def run_cases(
     process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return {
-        name: run_ranks(run_one, world_size, f"{data} {line}", f"{folder}/{name}", timeout=timeout)[
-            world_size - 1
-        ]
-        for name, line in cases.items()
-    }
+    lines = {name: (f"{data} {line}", f"{folder}/{name}") for name, line in cases.items()}
+    return dict(zip(lines, run_several(world_size, list(lines.values()), timeout), strict=True))
+
+
+def run_several(world_size: int, runs: list[tuple[str, str]], timeout: float = 300.0) -> list[Any]:
+    """Run (arguments, path) pairs that do not depend on each other; two single-rank runs go side by side."""
+
+    def run(item: tuple[str, str]) -> Any:
+        return run_ranks(run_one, world_size, *item, timeout=timeout)[world_size - 1]
+
+    with ThreadPoolExecutor(2 if world_size == 1 else 1) as pool:
+        return list(pool.map(run, runs))
 
 
 def run_one(rank: int, world_size: int, line: str, path: str) -> dict[str, Any] | None:

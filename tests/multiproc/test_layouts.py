@@ -67,7 +67,9 @@ def curves(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
                 for layout, arguments in layouts.items():
                     if layout == "cp2" and not _wanted_cp(recipe, mode):
                         continue
-                    if layout not in ("one", "cp2") and not _wanted(recipe, mode, layout, everything):
+                    if layout == "one_deep" and not _wanted(recipe, mode, "vpp2", everything):
+                        continue
+                    if world_size > 1 and layout != "cp2" and not _wanted(recipe, mode, layout, everything):
                         continue
                     cases[_key(recipe, mode, layout)] = (
                         f"--recipe {recipe} --train-iters {NUM_STEPS} {mode} {arguments}"
@@ -84,7 +86,7 @@ def _compare(curves: dict[str, Any], recipe: str, mode: str, layout: str) -> dic
     key = _key(recipe, mode, layout)
     if key not in curves:
         pytest.skip("runs under tests/run.sh --long")
-    one, other = curves[_key(recipe, mode, "one")], curves[key]
+    one, other = curves[_key(recipe, mode, "one_deep" if layout == "vpp2" else "one")], curves[key]
     assert len(one["loss"]) == len(other["loss"]) == NUM_STEPS
     return {
         "loss": [abs(a - b) for a, b in zip(one["loss"], other["loss"], strict=True)],

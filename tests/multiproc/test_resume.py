@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 
 from tests._distributed import run_ranks, use_fast_checkpoint_queue
-from tests.multiproc._trainer_runs import RECIPES, make_data, parse, read_metrics, run_cases, run_one
+from tests.multiproc._trainer_runs import (
+    RECIPES,
+    make_data,
+    parse,
+    read_metrics,
+    run_cases,
+    run_one,
+    run_several,
+)
 
 LAST = 11
 STOPS = (1, 6, 8, 9)
@@ -34,11 +42,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def _resume(world_size: int, line: str, load: str, k: int, path: str, metrics: str) -> dict[str, Any]:
-    """Resume from step k; the run starts from the whole run's metrics, so removing later lines is tested."""
-    Path(f"{path}.jsonl").write_text(Path(metrics).read_text())
-    arguments = f"{line} --load {load} --ckpt-step {k}"
-    return run_ranks(run_one, world_size, arguments, path, timeout=300)[world_size - 1]
+def _resume(
+    world_size: int, line: str, load: str, stops: tuple[int, ...], folder: Path, metrics: str
+) -> list[dict[str, Any]]:
+    """Resume from each stop; each run starts from the whole run's metrics, so removing later lines is tested."""
+    runs = []
+    for k in stops:
+        path = f"{folder}/from_{k}_{len(list(folder.iterdir()))}"
+        Path(f"{path}.jsonl").write_text(Path(metrics).read_text())
+        runs.append((f"{line} --load {load} --ckpt-step {k}", path))
+    return run_several(world_size, runs)
 
 
 def _run_saving_at_stops(rank: int, world_size: int, line: str, path: str) -> dict[str, Any] | None:
@@ -63,9 +76,9 @@ def _assert_resumes_bitwise(
     saving = f"{line} --save {save} --save-interval 1"
     whole = run_ranks(_run_saving_at_stops, world_size, saving, save, timeout=300)[world_size - 1]
     assert len(whole["loss"]) == LAST
-    for k in stops:
-        resumed = _resume(world_size, line, save, k, f"{save}_from_{k}", f"{save}.jsonl")
-        assert resumed == whole, f"stopped at {k}"
+    resumed = _resume(world_size, line, save, stops, folder, f"{save}.jsonl")
+    for k, outcome in zip(stops, resumed, strict=True):
+        assert outcome == whole, f"stopped at {k}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -142,20 +155,13 @@ def test_another_layout_loads_the_same_weights(data: str, tmp_path: Path, recipe
     first = f"{line} {TP2} --train-iters 9 --save {saved} --save-interval 9"
     run_ranks(run_one, 2, first, f"{tmp_path}/first", timeout=300)
     losses = [
-        _resume(
-            2,
-            f"{line} {layout} --train-iters 10",
-            saved,
-            9,
-            f"{tmp_path}/{number}",
-            f"{tmp_path}/first.jsonl",
-        )["loss"][-1]
-        for number, layout in enumerate((TP2, PP2))
+        _resume(2, f"{line} {layout} --train-iters 10", saved, (9,), tmp_path, f"{tmp_path}/first.jsonl")
+        for layout in (TP2, PP2)
     ]
     again = f"{line} {PP2} --train-iters 10 --load {saved} --save {loaded} --save-interval 1"
     run_ranks(_load_and_save, 2, again, timeout=300)
     assert _different_tensors(saved, loaded, 9) == []
-    assert abs(losses[0] - losses[1]) <= FIRST_LOSS_RESHARDED
+    assert abs(losses[0][0]["loss"][-1] - losses[1][0]["loss"][-1]) <= FIRST_LOSS_RESHARDED
 
 
 def _two_readers(rank: int, world_size: int, data: str) -> dict[str, Any]:
