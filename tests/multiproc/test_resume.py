@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _resume(
     world_size: int, line: str, load: str, stops: tuple[int, ...], folder: Path, metrics: str
 ) -> list[dict[str, Any]]:
-    """Resume from each stop; each run starts from the whole run's metrics, so removing later lines is tested."""
+    """Resume from each stop; runs start from the whole metrics, so removing later lines is tested."""
     runs = []
     for k in stops:
         path = f"{folder}/from_{k}_{len(list(folder.iterdir()))}"
