@@ -283,12 +283,17 @@ def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]
     by_recipe: dict[str, int] = {}
     for recipe in recipes.values():
         by_recipe[recipe.name] = by_recipe.get(recipe.name, 0) + 1
-    quantized = sum(recipe.is_quantized for recipe in recipes.values())
+    # Counted in the model that was built, over all stages, and compared with what the policy says.
+    linears = recipe_linears(chunks)
+    counted = torch.tensor([sum(linear.recipe.is_quantized for linear in linears)], device=args.device)
+    dist.all_reduce(counted, group=parallel_state.get_pipeline_model_parallel_group())
+    quantized, wanted = int(counted.item()), sum(recipe.is_quantized for recipe in recipes.values())
+    assert args.spec or quantized == wanted, f"{quantized} quantised linears built, {wanted} asked for"
     listed = ", ".join(f"{name}: {count}" for name, count in by_recipe.items())
     print_rank_0(f" > quantised linears: {quantized} of {len(recipes)} ({listed})")
     if dist.get_rank() == 0:
         for recipe in {recipe.name: recipe for recipe in recipes.values() if recipe.is_quantized}.values():
             print(f" > recipe {recipe.name},{describe(recipe).removeprefix(' >')}", flush=True)
-    built = {linear.layer_name for linear in recipe_linears(chunks)}
+    built = {linear.layer_name for linear in linears}
     expected = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
     assert args.spec or built <= expected, sorted(built - expected)
