@@ -147,7 +147,7 @@ def gaussian_operand_sqnr(
 
 def describe(recipe: Recipe) -> str:
     """Return one line for the start of a run: the operand SNR of every quantised cell on Gaussian data."""
-    measured = gaussian_operand_sqnr(recipe, rows=128, cols=256)
+    measured = gaussian_operand_sqnr(recipe)
     if not measured:
         return f" > operand SNR on Gaussian data (dB): recipe {recipe.name} quantises no operand"
     cells = " | ".join(f"{name} {value:.1f}" for name, value in measured.items())
