@@ -24,6 +24,7 @@ from metis.config import BasisConfig, Recipe, ReparametrisationConfig
 from metis.decompose import basis as algebra
 from metis.errors import ConfigError, ShapeError
 from metis.functional import LinearPlan, quantized_linear
+from metis.gemm import EmulatedGemm, GemmBackend
 from metis.operand import Axis, coefficients
 from metis.recipes import resolve_recipe
 from metis.reparametrised import FactorPath, split_by_svd
@@ -209,7 +210,8 @@ class OperandBasis(nn.Module):
 class LinearCore(nn.Module):
     """What every linear of ours keeps and does, whatever ranks hold its weight.
 
-    layer: global name. in_features, out_features: axes of K and N. clock: the run's position.
+    layer: global name. in_features, out_features: axes of K and N. clock: the run's position. backend: who
+    multiplies FP4 operands (None: emulated).
     """
 
     def __init__(
@@ -221,9 +223,11 @@ class LinearCore(nn.Module):
         out_features: Axis,
         clock: TrainingClock,
         device: Any = "cpu",
+        backend: GemmBackend | None = None,
     ) -> None:
         super().__init__()
         self.recipe, self.layer, self.clock = recipe, layer, clock
+        self.backend = backend or EmulatedGemm()
         self.in_features, self.out_features = in_features, out_features
         _check_features(recipe, layer, in_features, out_features)
         self.bases = nn.ModuleDict()
@@ -272,6 +276,7 @@ class LinearCore(nn.Module):
             seed=clock.seed,
             position=position,
             sketch=sketch if sketching else None,
+            backend=self.backend,
             **active,
         )
 
@@ -351,7 +356,8 @@ class MetisLinear(nn.Module):
 
     Call `after_step()` once after every optimizer step: it advances the clock and renews the bases. The
     recipe `bf16` is `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of
-    the initial weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it.
+    the initial weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it. backend: who multiplies
+    FP4 operands (None: emulated).
     Raises ShapeError when a size is no multiple of 16, on construction for features and in training for
     tokens.
     """
@@ -367,6 +373,7 @@ class MetisLinear(nn.Module):
         clock: TrainingClock | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        backend: GemmBackend | None = None,
     ) -> None:
         super().__init__()
         recipe = resolve_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -381,6 +388,7 @@ class MetisLinear(nn.Module):
             out_features=Axis.whole(out_features),
             clock=self.clock,
             device=device or "cpu",
+            backend=backend,
         )
         self.factors: FactorPath | None = None
         if recipe.reparametrisation is not None:

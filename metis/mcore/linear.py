@@ -38,6 +38,7 @@ from torch import Tensor
 
 from metis.clock import TrainingClock
 from metis.config import Recipe
+from metis.gemm import GemmBackend
 from metis.mcore.axes import qkv_axis, sharded_axis, token_axis
 from metis.nn import LinearCore, OperandBasis
 from metis.operand import Axis
@@ -50,7 +51,14 @@ class _RecipeLinear(torch.nn.Module):
     core: LinearCore
     is_reparametrized = False
 
-    def _set_up(self, recipe: Recipe, layer: str, clock: TrainingClock, axes: tuple[Axis, Axis]) -> None:
+    def _set_up(
+        self,
+        recipe: Recipe,
+        layer: str,
+        clock: TrainingClock,
+        backend: GemmBackend | None,
+        axes: tuple[Axis, Axis],
+    ) -> None:
         self.recipe, self.layer_name = recipe, layer
         in_features, out_features = axes
         device = self.weight.device
@@ -61,6 +69,7 @@ class _RecipeLinear(torch.nn.Module):
             out_features=out_features,
             clock=clock,
             device=device,
+            backend=backend,
         )
         if recipe.reparametrisation is None:
             return
@@ -164,7 +173,8 @@ def _sharded(value: Tensor, key: str, axis: Axis | None, groups: dict, as_view: 
 
 
 class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
-    """y = x w^T with the rows of w (outputs) sharded; the layer spec binds recipe, layer name and clock."""
+    """y = x w^T with the rows of w (outputs) sharded; the layer spec binds recipe, layer name, clock and
+    backend."""
 
     def __init__(
         self,
@@ -174,6 +184,7 @@ class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
         recipe: Recipe,
         layer: str,
         clock: TrainingClock,
+        backend: GemmBackend | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
@@ -189,7 +200,7 @@ class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
         else:
             parts = 2 if layer.endswith("linear_fc1") and config.gated_linear_unit else 1
             out_features = sharded_axis(output_size, parts=parts, **shard)
-        self._set_up(recipe, layer, clock, (Axis.whole(input_size), out_features))
+        self._set_up(recipe, layer, clock, backend, (Axis.whole(input_size), out_features))
 
     def _forward_impl(  # type: ignore[override]
         self,
@@ -225,6 +236,7 @@ class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
         recipe: Recipe,
         layer: str,
         clock: TrainingClock,
+        backend: GemmBackend | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
@@ -234,7 +246,7 @@ class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
             num_shards=get_pg_size(self.tp_group),
             group=self.tp_group,
         )
-        self._set_up(recipe, layer, clock, (in_features, Axis.whole(output_size)))
+        self._set_up(recipe, layer, clock, backend, (in_features, Axis.whole(output_size)))
 
     def _forward_impl(  # type: ignore[override]
         self, input: Tensor, weight: Tensor, bias: Tensor | None, **_unused: Any
