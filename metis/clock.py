@@ -11,27 +11,65 @@ forward captured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from metis.rng import NoisePosition
+
+
+class OperandWatch:
+    """Told about every operand that is quantised; remembers which were not finite until somebody asks.
+
+    FP4 has no NaN and no infinity, and a quantiser may turn them into ordinary numbers; so the scales are
+    looked at where they are made. Flags stay on the device: asking costs one synchronisation for all layers.
+    observer: called with (plan, cell name, source matrix, its split, its codes) for each operand while set.
+    """
+
+    def __init__(self) -> None:
+        self.observer: Callable[..., None] | None = None
+        self._flags: dict[tuple[str, str], Tensor] = {}
+
+    def note(self, plan: Any, cell_name: str, source: Tensor | None, split: Any, encoded: Any) -> None:
+        """Take in one operand of layer `plan.layer`."""
+        finite = torch.isfinite(encoded.amax)
+        key = (plan.layer, cell_name)
+        self._flags[key] = finite if key not in self._flags else self._flags[key] & finite
+        if self.observer is not None:
+            self.observer(plan, cell_name, source, split, encoded)
+
+    def take_nonfinite(self) -> list[tuple[str, str]]:
+        """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""
+        flags, self._flags = self._flags, {}
+        if not flags:
+            return []
+        finite = torch.stack(list(flags.values())).tolist()
+        return [key for key, is_finite in zip(flags, finite, strict=True) if not is_finite]
 
 
 class TrainingClock:
     """Position in training, shared by all layers of a run; owned and advanced by the training loop.
 
     seed: of all counter-based randomness. step: optimizer step, from 0. num_tokens_per_step: tokens of the
-    whole global batch of this step, which decides how densely rows are sampled.
+    whole global batch of this step, which decides how densely rows are sampled. watch: told about every
+    quantised operand.
     """
 
     def __init__(self, seed: int = 0, num_tokens_per_step: int = 1) -> None:
         self.seed = seed
         self.step = 0
         self.num_tokens_per_step = num_tokens_per_step
+        self.watch = OperandWatch()
         self._microbatch: ContextVar[int] = ContextVar("metis_microbatch", default=0)
 
     def __getstate__(self) -> dict[str, int]:
         # A ContextVar can be neither copied nor pickled; a copied clock gets one of its own.
-        return {**vars(self), "_microbatch": self._microbatch.get()}
+        state = {**vars(self), "_microbatch": self._microbatch.get()}
+        del state["watch"]
+        return state
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(state["seed"], state["num_tokens_per_step"])  # type: ignore[misc]

@@ -25,7 +25,13 @@ from typing import Any, Literal, TypeVar
 
 from metis.errors import ConfigError, nearest_name
 
-BLOCK_SIZE = 16  # NVFP4: one E4M3 scale for 16 values along the contraction axis
+BLOCK_SHAPES: Mapping[str, tuple[tuple[int, int] | None, ...]] = {
+    "nvfp4": ((1, 16), (16, 16)),
+    "mxfp4": ((1, 32),),
+    "fp8_e4m3": (None, (1, 128), (128, 128)),
+    "fp8_e5m2": (None, (1, 128), (128, 128)),
+}
+"""Blocks of each format, [rows, columns] with columns along the contraction axis; None: the whole tensor."""
 
 T = TypeVar("T")
 
@@ -36,34 +42,85 @@ def _require(condition: bool, where: str, message: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizerConfig:
-    """How one operand becomes NVFP4 (E2M1 codes, E4M3 block scales, one fp32 tensor scale)."""
+class RhtConfig:
+    """A random Hadamard transform of both operands of a GEMM along its contraction axis, in tiles."""
 
-    block_shape: tuple[int, int] = field(
-        default=(1, 16), metadata={"doc": "(1, 16) along the contraction axis, or (16, 16) tiles"}
+    size: int = field(default=16, metadata={"doc": "points of a tile: 16, 32, 64 or 128"})
+    sign_seed: int | None = field(
+        default=None,
+        metadata={"doc": "seed of the signs; none: the fixed 16 signs of NVIDIA's recipe (size 16 only)"},
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            self.size in (16, 32, 64, 128), "rht.size", f"must be 16, 32, 64 or 128, received {self.size}"
+        )
+        _require(
+            self.size == 16 or self.sign_seed is not None,
+            "rht.sign_seed",
+            f"must be given for size {self.size}: fixed signs exist for 16 points only",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizerConfig:
+    """How one operand becomes codes and scales.
+
+    nvfp4: E2M1 codes, E4M3 block scales, one fp32 tensor scale. mxfp4: E2M1 codes, E8M0 scales of 32 values.
+    fp8_e4m3, fp8_e5m2: one fp32 scale per tensor or block.
+    """
+
+    format: Literal["nvfp4", "mxfp4", "fp8_e4m3", "fp8_e5m2"] = field(
+        default="nvfp4", metadata={"doc": "element and scale format"}
+    )
+    block_shape: tuple[int, int] | None = field(
+        default=(1, 16),
+        metadata={
+            "doc": "values that share a scale, the second number along the contraction axis. nvfp4: [1, 16] "
+            "or [16, 16]; mxfp4: [1, 32]; fp8: [1, 128], [128, 128] or none (the whole tensor)"
+        },
     )
     rounding: Literal["rne", "stochastic"] = field(
-        default="rne", metadata={"doc": "of the E2M1 values; scales are always rounded to nearest even"}
+        default="rne", metadata={"doc": "of the E2M1 values; scales are rounded as scale_rounding says"}
     )
     num_random_bits: int = field(
         default=24, metadata={"doc": "bits per element of stochastic rounding: 8 or 24"}
     )
-    rht: bool = field(
-        default=False, metadata={"doc": "16-point random Hadamard transform along the contraction axis first"}
+    rht: RhtConfig | None = field(
+        default=None,
+        metadata={"doc": "random Hadamard transform along the contraction axis first; none: off"},
+    )
+    four_over_six: Literal["mae", "mse"] | None = field(
+        default=None,
+        metadata={
+            "doc": "nvfp4: scale each block's maximum to 4 or 6, whichever has the smaller error; none: 6"
+        },
+    )
+    num_terms: int = field(
+        default=1, metadata={"doc": "2: what the first term leaves is quantised again and both multiply"}
+    )
+    scale_rounding: Literal["standard", "even", "up"] = field(
+        default="standard",
+        metadata={
+            "doc": "standard: nearest E4M3 (nvfp4), floor of the exponent (mxfp4); even: mxfp4 exponent of "
+            "the block maximum rounded to E2M1; up: the smallest scale at which no element saturates"
+        },
+    )
+    power_of_two_scales: bool = field(
+        default=False, metadata={"doc": "fp8 blocks: scales rounded down to a power of two"}
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        if self.block_shape is not None:
+            object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        for name in ("format", "rounding", "scale_rounding"):
+            self._require_choice(name)
+        is_fp8 = self.format.startswith("fp8")
         _require(
-            self.block_shape in ((1, BLOCK_SIZE), (BLOCK_SIZE, BLOCK_SIZE)),
+            self.block_shape in BLOCK_SHAPES[self.format],
             "quantizer.block_shape",
-            f"must be [1, 16] or [16, 16], received {list(self.block_shape)}; NVFP4 defines no other block",
-        )
-        _require(
-            self.rounding in ("rne", "stochastic"),
-            "quantizer.rounding",
-            f"must be 'rne' or 'stochastic', received "
-            f"{self.rounding!r}{nearest_name(self.rounding, ('rne', 'stochastic'))}",
+            f"must be {_one_of(BLOCK_SHAPES[self.format])} for format {self.format!r}, received "
+            f"{_one_of([self.block_shape])}",
         )
         _require(
             self.num_random_bits in (8, 24),
@@ -76,10 +133,75 @@ class QuantizerConfig:
             "has no effect with rounding 'rne'; remove it or set rounding: stochastic",
         )
         _require(
-            not (self.rht and self.block_shape[0] != 1),
-            "quantizer.rht",
-            "needs block_shape [1, 16]: a 16x16 tile serves two contraction axes and the transform only one",
+            not (is_fp8 and self.rounding == "stochastic"),
+            "quantizer.rounding",
+            f"must be 'rne' for {self.format}: stochastic rounding is defined for E2M1",
         )
+        _require(
+            self.rht is None or self.is_1d,
+            "quantizer.rht",
+            "needs blocks of one row: a tile serves two contraction axes and the transform only one",
+        )
+        _require(
+            self.four_over_six is None
+            or (self.format == "nvfp4" and self.rounding == "rne" and self.rht is None),
+            "quantizer.four_over_six",
+            "needs format nvfp4, rounding rne and no rht, as it is defined",
+        )
+        _require(
+            self.num_terms in (1, 2), "quantizer.num_terms", f"must be 1 or 2, received {self.num_terms}"
+        )
+        _require(
+            self.num_terms == 1 or self.rounding == "rne",
+            "quantizer.num_terms",
+            "must be 1 with stochastic rounding: the second term would take the noise away again",
+        )
+        _require(
+            self.scale_rounding == "standard"
+            or (self.scale_rounding == "even" and self.format == "mxfp4")
+            or (self.scale_rounding == "up" and not is_fp8 and self.four_over_six is None),
+            "quantizer.scale_rounding",
+            f"must not be {self.scale_rounding!r} here: 'even' is defined for mxfp4, 'up' for nvfp4 and "
+            "mxfp4 "
+            "without four_over_six",
+        )
+        _require(
+            not self.power_of_two_scales or (is_fp8 and self.block_shape is not None),
+            "quantizer.power_of_two_scales",
+            "needs an fp8 format with blocks",
+        )
+
+    def _require_choice(self, name: str) -> None:
+        value, known = getattr(self, name), typing.get_args(typing.get_type_hints(type(self))[name])
+        _require(
+            value in known,
+            f"quantizer.{name}",
+            f"must be one of {', '.join(known)}, received {value!r}{nearest_name(str(value), known)}",
+        )
+
+    @property
+    def is_1d(self) -> bool:
+        """Whether a block lies in one row (or is the whole tensor)."""
+        return self.block_shape is None or self.block_shape[0] == 1
+
+    @property
+    def family(self) -> str:
+        """What the two operands of a GEMM must share: nvfp4, mxfp4, or fp8 per tensor or per block."""
+        if not self.format.startswith("fp8"):
+            return self.format
+        if self.block_shape is None:
+            return "fp8 per tensor"
+        return "fp8 blocks" + (", powers of two" if self.power_of_two_scales else "")
+
+    @property
+    def contraction_multiple(self) -> int:
+        """What the contraction axis, and each rank's piece of it, must be a multiple of."""
+        block = 16 if self.block_shape is None else self.block_shape[1]
+        return max(block, 16 if self.rht is None else self.rht.size)
+
+
+def _one_of(shapes: Any) -> str:
+    return " or ".join("none" if shape is None else str(list(shape)) for shape in shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,28 +248,72 @@ class RankConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
-    """The spectral split of one operand: x = P V^T + R, head P V^T in high precision, residual R
-    quantised.
-    """
+    """The split of one operand: x = 1 mu^T + P V^T + R, head in high precision, residual R quantised."""
 
-    rank: RankConfig = field(
-        default_factory=RankConfig, metadata={"doc": "how many directions the head holds"}
+    rank: RankConfig | None = field(
+        default_factory=RankConfig,
+        metadata={"doc": "how many directions the head holds; none: the mean alone"},
     )
-    head_format: Literal["bf16", "literal"] = field(
+    mean_first: bool = field(
+        default=False, metadata={"doc": "take the mean over tokens off before the rank-r split"}
+    )
+    head_format: Literal["bf16", "feedback", "two_term", "literal"] = field(
         default="bf16",
         metadata={
-            "doc": "bf16: P and V rounded once, residual against the rounded ones. literal: both factors in "
-            "NVFP4, residual against the exact head, as the paper's equation reads; only for reproducing the "
-            "paper"
+            "doc": "bf16: P and V rounded once, residual against the rounded ones. feedback: both factors "
+            "quantised, residual against the quantised head. two_term: the same with two terms per factor. "
+            "literal: both factors quantised, residual against the exact head, as the paper's equation "
+            "reads; "
+            "only for reproducing the paper"
         },
+    )
+    head_quantizer: QuantizerConfig | None = field(
+        default=None,
+        metadata={"doc": "of P and V (blocks along the rank) unless head_format is bf16; none: nvfp4 1x16"},
     )
 
     def __post_init__(self) -> None:
+        known = ("bf16", "feedback", "two_term", "literal")
         _require(
-            self.head_format in ("bf16", "literal"),
+            self.head_format in known,
             "split.head_format",
-            f"must be 'bf16' or 'literal', received {self.head_format!r}",
+            f"must be one of {', '.join(known)}, received "
+            f"{self.head_format!r}{nearest_name(str(self.head_format), known)}",
         )
+        _require(
+            self.rank is not None or self.mean_first,
+            "split.rank",
+            "must be given unless mean_first is set; remove the split instead",
+        )
+        _require(
+            self.head_format == "bf16" or self.rank is not None,
+            "split.head_format",
+            "must be 'bf16' without a rank: a mean is a bias vector and stays in bf16",
+        )
+        quantizer = self.head_quantizer
+        _require(
+            quantizer is None or self.head_format != "bf16",
+            "split.head_quantizer",
+            "has no effect with head_format 'bf16'; remove it or choose another head_format",
+        )
+        _require(
+            quantizer is None or (quantizer.rounding == "rne" and quantizer.rht is None and quantizer.is_1d),
+            "split.head_quantizer",
+            "must round to nearest, in blocks of one row, without rht",
+        )
+        _require(
+            quantizer is None or quantizer.num_terms == 1,
+            "split.head_quantizer.num_terms",
+            "must be 1; choose head_format: two_term for two terms",
+        )
+
+    @property
+    def factor_quantizer(self) -> QuantizerConfig | None:
+        """How P and V are quantised; None for a bf16 head."""
+        if self.head_format == "bf16":
+            return None
+        quantizer = self.head_quantizer or QuantizerConfig()
+        return dataclasses.replace(quantizer, num_terms=2) if self.head_format == "two_term" else quantizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,12 +342,32 @@ class BasisConfig:
     num_pinned_rows: int = field(
         default=8, metadata={"doc": "rows of largest amax per microbatch that always enter the power step"}
     )
+    num_cold_steps: int = field(
+        default=2, metadata={"doc": "power steps of the cold start, one per optimizer step from step 0"}
+    )
     num_canonical_chunks: int = field(
         default=8,
         metadata={"doc": "pieces of a feature axis summed in a fixed tree; a power of two, multiple of TP"},
     )
+    tp_mode: Literal["exact", "fast", "local"] = field(
+        default="exact",
+        metadata={
+            "doc": "over tensor-parallel ranks. exact: one basis, fixed summation order, the same codes for "
+            "any TP; fast: one basis, fp32 sums in the library's order; local: a basis per rank, no messages"
+        },
+    )
 
     def __post_init__(self) -> None:
+        _require(
+            self.tp_mode in ("exact", "fast", "local"),
+            "basis.tp_mode",
+            f"must be one of exact, fast, local, received {self.tp_mode!r}",
+        )
+        _require(
+            self.num_cold_steps >= 1,
+            "basis.num_cold_steps",
+            f"must be at least 1, received {self.num_cold_steps}",
+        )
         _require(
             self.refresh_interval_steps >= 1,
             "basis.refresh_interval_steps",
@@ -226,21 +412,99 @@ class ReparametrisationConfig:
         quantizer = self.factor_quantizer
         _require(
             quantizer is None
-            or (quantizer.rounding == "rne" and not quantizer.rht and quantizer.block_shape == (1, 16)),
+            or (
+                quantizer.rounding == "rne"
+                and quantizer.rht is None
+                and quantizer.is_1d
+                and quantizer.num_terms == 1
+            ),
             "reparametrisation.factor_quantizer",
-            "must be 1x16 blocks, round to nearest, without rht: the factors are parameters, read in "
-            "forward and backward",
+            "must round to nearest in blocks of one row, one term, without rht: the factors are parameters, "
+            "read in forward and backward",
         )
 
 
-CELL_NAMES = (
-    "fprop_input",
-    "fprop_weight",
-    "dgrad_grad_output",
-    "dgrad_weight",
-    "wgrad_grad_output",
-    "wgrad_input",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectralLearningRateConfig:
+    """Adaptive spectral learning rate (arXiv 2509.00404 v1): the directions of g's head are scaled by fixed
+    factors.
+
+    stepped: `leading_factor` for the first `num_leading` Ritz directions, `head_factor` for the others,
+    `residual_factor` for what no direction holds. smooth: 2 / (1 + sigma_i / sigma_1), residual 2.
+    """
+
+    schedule: Literal["stepped", "smooth"] = field(default="stepped", metadata={"doc": "stepped or smooth"})
+    num_leading: int = field(default=5, metadata={"doc": "stepped: directions that keep leading_factor"})
+    leading_factor: float = field(default=1.0, metadata={"doc": "stepped: factor of the leading directions"})
+    head_factor: float = field(
+        default=1.5, metadata={"doc": "stepped: factor of the head's other directions"}
+    )
+    residual_factor: float = field(default=2.0, metadata={"doc": "stepped: factor of the residual"})
+    apply_to: Literal["dw", "dw_and_dx"] = field(
+        default="dw", metadata={"doc": "dw_and_dx also scales dx, which compounds over the layers"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", ("stepped", "smooth")), ("apply_to", ("dw", "dw_and_dx"))):
+            _require(
+                getattr(self, name) in known,
+                f"spectral_learning_rate.{name}",
+                f"must be one of {', '.join(known)}, received {getattr(self, name)!r}",
+            )
+        _require(
+            self.num_leading >= 0,
+            "spectral_learning_rate.num_leading",
+            f"must not be negative, received {self.num_leading}",
+        )
+        stepped = (self.num_leading, self.leading_factor, self.head_factor, self.residual_factor)
+        _require(
+            self.schedule == "stepped" or stepped == (5, 1.0, 1.5, 2.0),
+            "spectral_learning_rate",
+            "num_leading and the factors have no effect with schedule 'smooth'; remove them",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DualRangeConfig:
+    """Dual-range regulariser (arXiv 2509.00404 v1) of every weight w of numel entries, once per optimizer
+    step:
+
+    strength / numel * (square_weight * sum w^2 + inverse_weight * sum 1 / (w^2 + eps)).
+    """
+
+    strength: float = field(metadata={"doc": "lambda, at least 0"})
+    square_weight: float = field(default=1.0, metadata={"doc": "a1, holds large weights down"})
+    inverse_weight: float = field(default=1.0, metadata={"doc": "a2, keeps small weights off zero"})
+    eps: float = field(default=1e-3, metadata={"doc": "added to w^2, above 0"})
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "square_weight", "inverse_weight"):
+            _require(
+                getattr(self, name) >= 0,
+                f"dual_range.{name}",
+                f"must not be negative, received {getattr(self, name)}",
+            )
+        _require(self.eps > 0, "dual_range.eps", f"must be above 0, received {self.eps}")
+
+
+CELL_AXES: Mapping[str, tuple[str, str]] = {
+    "fprop_input": ("tokens", "in_features"),
+    "fprop_weight": ("out_features", "in_features"),
+    "dgrad_grad_output": ("tokens", "out_features"),
+    "dgrad_weight": ("in_features", "out_features"),
+    "wgrad_grad_output": ("out_features", "tokens"),
+    "wgrad_input": ("in_features", "tokens"),
+}
+"""Rows and columns of the matrix that each cell's quantiser reads; columns are the contraction axis."""
+
+CELL_NAMES = tuple(CELL_AXES)
+
+GEMMS = (
+    ("fprop", "fprop_input", "fprop_weight"),
+    ("dgrad", "dgrad_grad_output", "dgrad_weight"),
+    ("wgrad", "wgrad_grad_output", "wgrad_input"),
 )
+"""Name, left and right cell of each GEMM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +524,19 @@ class Recipe:
     reparametrisation: ReparametrisationConfig | None = field(
         default=None, metadata={"doc": "none: one master weight per linear"}
     )
+    spectral_learning_rate: SpectralLearningRateConfig | None = field(
+        default=None, metadata={"doc": "none: the gradient as it is; needs a split of the output gradient"}
+    )
+    dual_range: DualRangeConfig | None = field(
+        default=None, metadata={"doc": "none: no regulariser of the weights' range"}
+    )
+    save_packed: bool = field(
+        default=False,
+        metadata={
+            "doc": "keep the input for backward as wgrad's codes and scales; thin wgrad products then read "
+            "the decoded residual"
+        },
+    )
     amax_scope: Literal["global", "te"] = field(
         default="global",
         metadata={
@@ -275,10 +552,48 @@ class Recipe:
             "recipe.amax_scope",
             f"must be 'global' or 'te', received {self.amax_scope!r}",
         )
+        self._check_splits()
+        for gemm, left, right in GEMMS:
+            self._check_gemm(gemm, getattr(self, left).quantizer, getattr(self, right).quantizer)
+        where = f"recipe {self.name!r}"
+        for name in ("wgrad_grad_output", "wgrad_input"):
+            quantizer = getattr(self, name).quantizer
+            _require(
+                quantizer is None or quantizer.is_1d,
+                f"{where}: {name}.quantizer.block_shape",
+                "must be blocks of one row: wgrad operands are blocked along tokens",
+            )
         _require(
-            (self.basis is not None) == self.has_split,
-            f"recipe {self.name!r}: basis",
-            "must be given exactly when a cell has a split; add or remove the section",
+            self.spectral_learning_rate is None
+            or (self.wgrad_grad_output.split is not None and self.wgrad_grad_output.split.rank is not None),
+            f"{where}: spectral_learning_rate",
+            "needs wgrad_grad_output.split with a rank: it scales the directions of that head",
+        )
+        _require(
+            not self.save_packed or self.wgrad_input.quantizer is not None,
+            f"{where}: save_packed",
+            "needs wgrad_input.quantizer: it keeps that cell's codes",
+        )
+        _require(
+            not self.save_packed or self.reparametrisation is None,
+            f"{where}: save_packed",
+            "must be off with reparametrisation: the factors' gradients read the whole input",
+        )
+        _require(
+            not self.save_packed
+            or self.wgrad_grad_output.split is None
+            or self.wgrad_input.quantizer.rht is None,
+            f"{where}: save_packed",
+            "must be off with rht on wgrad_input and a split wgrad_grad_output: the thin product needs the "
+            "residual unrotated",
+        )
+
+    def _check_splits(self) -> None:
+        where = f"recipe {self.name!r}"
+        _require(
+            (self.basis is not None) == self.has_basis,
+            f"{where}: basis",
+            "must be given exactly when a cell has a split with a rank; add or remove the section",
         )
         for first, second in (
             ("fprop_input", "wgrad_input"),
@@ -288,71 +603,64 @@ class Recipe:
             a, b = getattr(self, first).split, getattr(self, second).split
             _require(
                 a is None or b is None or a == b,
-                f"recipe {self.name!r}: {second}.split",
+                f"{where}: {second}.split",
                 f"must equal {first}.split or be absent: one tensor has one basis",
             )
         for name in ("fprop_weight", "dgrad_weight"):
-            _require(
-                self.reparametrisation is None or getattr(self, name).split is None,
-                f"recipe {self.name!r}: {name}.split",
-                "must be absent with reparametrisation: the head is then a parameter",
-            )
             split = getattr(self, name).split
             _require(
-                split is None or split.head_format == "bf16",
-                f"recipe {self.name!r}: {name}.split.head_format",
-                "must be 'bf16': the head of a tracked weight enters the thin products unquantised",
-            )
-            quantizer = getattr(self, name).quantizer
-            _require(
-                quantizer is None or not (quantizer.rht or quantizer.rounding == "stochastic"),
-                f"recipe {self.name!r}: {name}.quantizer",
-                "must round to nearest without rht: a rotated or stochastically rounded weight is not "
-                "defined by any recipe",
-            )
-        for gemm, left, right in (
-            ("fprop", self.fprop_input, self.fprop_weight),
-            ("dgrad", self.dgrad_grad_output, self.dgrad_weight),
-            ("wgrad", self.wgrad_grad_output, self.wgrad_input),
-        ):
-            rotated = [cell.quantizer is not None and cell.quantizer.rht for cell in (left, right)]
-            _require(
-                rotated[0] == rotated[1],
-                f"recipe {self.name!r}: {gemm}",
-                "must rotate both operands (rht) or neither, else the rotation does not cancel",
+                self.reparametrisation is None or split is None,
+                f"{where}: {name}.split",
+                "must be absent with reparametrisation: the head is then a parameter",
             )
             _require(
-                (left.quantizer is None) == (right.quantizer is None),
-                f"recipe {self.name!r}: {gemm}",
-                "must quantise both operands or neither: an FP4 GEMM takes two FP4 operands",
-            )
-        for name in ("wgrad_grad_output", "wgrad_input"):
-            quantizer = getattr(self, name).quantizer
-            _require(
-                quantizer is None or quantizer.block_shape == (1, 16),
-                f"recipe {self.name!r}: {name}.quantizer.block_shape",
-                "must be [1, 16]: wgrad operands are blocked along tokens",
+                split is None or not split.mean_first,
+                f"{where}: {name}.split.mean_first",
+                "must be off: the mean is one over tokens and a weight has none",
             )
 
+    def _check_gemm(self, gemm: str, left: QuantizerConfig | None, right: QuantizerConfig | None) -> None:
+        where = f"recipe {self.name!r}: {gemm}"
+        _require(
+            (left is None) == (right is None),
+            where,
+            "must quantise both operands or neither: a low-precision GEMM takes two such operands",
+        )
+        if left is None or right is None:
+            return
+        _require(
+            left.rht == right.rht,
+            where,
+            "must rotate both operands (rht) in the same way or neither, else the rotation does not cancel",
+        )
+        _require(
+            left.family == right.family,
+            where,
+            f"must have operands of one kind of format, received {left.family} and {right.family}",
+        )
+
     @property
-    def has_split(self) -> bool:
+    def has_basis(self) -> bool:
         """Whether any cell keeps a basis."""
-        return any(getattr(self, name).split is not None for name in CELL_NAMES)
+        splits = (getattr(self, name).split for name in CELL_NAMES)
+        return any(split is not None and split.rank is not None for split in splits)
 
     @property
     def is_high_precision(self) -> bool:
         """Whether this is the engine's own linear: nothing quantised, split or reparametrised."""
         return (
-            all(getattr(self, name) == CellConfig() for name in CELL_NAMES) and self.reparametrisation is None
+            all(getattr(self, name) == CellConfig() for name in CELL_NAMES)
+            and self.reparametrisation is None
+            and self.dual_range is None
         )
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any GEMM runs in FP4."""
+        """Whether any GEMM runs in a low-precision format."""
         return any(getattr(self, name).quantizer is not None for name in CELL_NAMES)
 
-    def quantized_ranks(self, in_features: int, out_features: int) -> list[tuple[str, int]]:
-        """Return (setting, columns) of every head whose factors are themselves quantised, K and N given."""
+    def quantized_ranks(self, in_features: int, out_features: int) -> list[tuple[str, int, int]]:
+        """Return (setting, columns, multiple) of every head whose factors are quantised along their rank."""
         found = []
         for operand, features in (
             ("input", in_features),
@@ -360,12 +668,27 @@ class Recipe:
             ("grad_output", out_features),
         ):
             split = getattr(self, f"{operand}_split")
-            if split is not None and split.head_format == "literal":
-                found.append((f"rank of the {operand} split", split.rank.columns(features)))
+            if split is not None and split.rank is not None and split.factor_quantizer is not None:
+                multiple = split.factor_quantizer.contraction_multiple
+                found.append((f"rank of the {operand} split", split.rank.columns(features), multiple))
         factors = self.reparametrisation
         if factors is not None and factors.factor_quantizer is not None:
-            found.append(("reparametrisation.rank", factors.rank.columns(in_features)))
+            multiple = factors.factor_quantizer.contraction_multiple
+            found.append(("reparametrisation.rank", factors.rank.columns(in_features), multiple))
         return found
+
+    def axis_multiple(self, axis: str) -> int:
+        """Return what `tokens`, `in_features` or `out_features` held by a rank must be a multiple of."""
+        multiples = [1]
+        for name, (rows, cols) in CELL_AXES.items():
+            quantizer: QuantizerConfig | None = getattr(self, name).quantizer
+            if quantizer is None:
+                continue
+            if axis == cols:
+                multiples.append(quantizer.contraction_multiple)
+            if axis == rows and not quantizer.is_1d:
+                multiples.append(quantizer.block_shape[0])  # type: ignore[index]
+        return max(multiples)
 
     @property
     def input_split(self) -> SplitConfig | None:

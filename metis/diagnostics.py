@@ -26,8 +26,8 @@ from torch import Tensor
 
 from metis.config import CELL_NAMES, QuantizerConfig, Recipe
 from metis.errors import ShapeError
-from metis.operand import Axis, NoiseStream, encode
-from metis.quantize import QuantizedTensor, random_hadamard_16
+from metis.operand import Axis, EncodedMatrix, NoiseStream, encode, rotate
+from metis.quantize import QuantizedTensor
 from metis.quantize.tensor import multiply_blocks
 from metis.rng import NoisePosition, gaussian, stream_key
 
@@ -100,7 +100,7 @@ def saturated_share(reference: Tensor, encoded: QuantizedTensor) -> float:
 
 def encode_gaussian(
     quantizer: QuantizerConfig, cell_name: str, *, amax_scope: str, rows: int, cols: int, seed: int
-) -> tuple[Tensor, QuantizedTensor]:
+) -> tuple[Tensor, EncodedMatrix]:
     """Return (what the quantiser read, what it made of it) for Gaussian data [rows, cols], blocks along cols.
 
     The encoding is the one of `metis.functional` for this cell, without a basis; rotated cells return the
@@ -121,9 +121,9 @@ def encode_gaussian(
         col_axis,
         amax_scope=amax_scope,
         noise=noise,
-        tokens_are_cols=cell_name in CELLS_WITH_TOKENS_ON_COLUMNS,
+        noise_is_transposed=cell_name in CELLS_WITH_TOKENS_ON_COLUMNS,
     )
-    return (random_hadamard_16(data) if quantizer.rht else data), encoded
+    return rotate(data, quantizer.rht), encoded
 
 
 def gaussian_operand_sqnr(

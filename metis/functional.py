@@ -9,45 +9,78 @@ identity,
     dx = P_g (V_g^T w) + (R_g U) V_w^T + q(R_g) q(W_R)
     dw = V_g ((P_g^T P_x) V_x^T + P_g^T R_x) + (R_g^T P_x) V_x^T + q(R_g)^T q(R_x)
 
-and only the last term of each line is full size and runs in FP4; a head that a cell does not ask for drops
-out. Each copy is quantised from the high-precision residual, never from another FP4 tensor.
+and only the last term of each line is full size and runs in low precision; a head that a cell does not ask
+for drops out. Each copy is quantised from the high-precision residual, never from another FP4 tensor.
 
 Under tensor parallelism every term is linear in this rank's shard (P is global), so the engine's own
-reduction of the output or of dx sums the terms of all ranks. Source: arXiv 2509.00404 v4; arXiv 2509.25149
-for which cell gets what. Trap: the thin products use the unquantised R and w; dropping (R_x V_w) U^T costs a
-third of y when x and w share directions.
+reduction of the output or of dx sums the terms of all ranks. Under sequence parallelism one operand (x of a
+column-parallel linear, g of a row-parallel one) arrives as a shard of its tokens: it is split and quantised
+there, and codes, scales and P are gathered instead of the matrix. `Operand` hides which of the two it is.
+
+Source: arXiv 2509.00404 v4; arXiv 2509.25149 for which cell gets what. Trap: the thin products use the
+unquantised R and w; dropping (R_x V_w) U^T costs a third of y when x and w share directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from metis.config import BasisConfig, CellConfig, Recipe
+from metis.clock import OperandWatch
+from metis.config import CELL_AXES, BasisConfig, CellConfig, Recipe
 from metis.gemm import EmulatedGemm, GemmBackend, product
-from metis.operand import Axis, NoiseStream, SplitMatrix, encode, split_matrix
+from metis.operand import (
+    Axis,
+    EncodedMatrix,
+    NoiseStream,
+    SplitMatrix,
+    encode,
+    needs_tensor_amax,
+    split_matrix,
+)
 from metis.quantize import QuantizedTensor
 from metis.rng import NoisePosition
 
 Memo = dict[Any, Tensor]
-"""What one pass may keep for the next of the same microbatch: P per operand and reduced tensor amaxes. Both
-cost messages between ranks, and both are small; results are the same without it.
+"""What one pass may keep for the next of the same microbatch: P and mean per operand and reduced tensor
+amaxes. They cost messages between ranks, and they are small; results are the same without it.
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectralFactors:
+    """What the adaptive spectral learning rate multiplies g's head columns [r] and its residual with."""
+
+    head: Tensor
+    residual: float
+    on_dx: bool
+
+
+class BasisSketch(Protocol):
+    """Takes the rows that the next bases of a linear are made from; called in backward only."""
+
+    def pick(self, operand: str, matrix: Tensor) -> Tensor | None:
+        """Return the sampled rows of "input" or "grad_output" held here, None when it wants none."""
+        ...
+
+    def add(self, operand: str, rows: Tensor) -> None:
+        """Add picked rows to this step's sketch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPlan:
     """Everything a linear needs beside its tensors; captured at forward, used again in backward.
 
-    layer: global name of the layer. tokens, in_features, out_features: the axes of x, w and g. v_input,
-    v_weight,
-    v_grad_output: active bases (bf16 [features_local, r]) or None. sketch: called in backward with ("input"
-    or "grad_output", matrix in c) when this step's bases must be refreshed. backend: who multiplies FP4
-    operands.
+    layer: global name of the layer. tokens, in_features, out_features: the axes of x, w and g. token_shard:
+    the axis of the operand that arrives as a shard of the tokens, and `gathered_operand` its name ("input" or
+    "grad_output"); gather: the tensor-parallel ranks that hold the other shards. v_input, v_weight,
+    v_grad_output: active bases (bf16 [features_local, r]) or None. spectral: factors of the adaptive spectral
+    learning rate. sketch: takes rows for this step's new bases, when there are any to make. backend: who
+    multiplies quantised operands. watch: told about every encoded operand.
     """
 
     recipe: Recipe
@@ -55,55 +88,54 @@ class LinearPlan:
     tokens: Axis
     in_features: Axis
     out_features: Axis
+    token_shard: Axis | None = None
+    gather: Axis | None = None
+    gathered_operand: str = ""
     seed: int = 0
     position: NoisePosition = field(default_factory=lambda: NoisePosition(step=0, microbatch=0))
     v_input: Tensor | None = None
     v_weight: Tensor | None = None
     v_grad_output: Tensor | None = None
-    sketch: Callable[[str, Tensor], None] | None = None
+    spectral: SpectralFactors | None = None
+    sketch: BasisSketch | None = None
     backend: GemmBackend = field(default_factory=EmulatedGemm)
+    watch: OperandWatch | None = None
 
-    def split(self, x: Tensor, cell_name: str, rows: Axis, features: Axis, memo: Memo | None) -> SplitMatrix:
-        """Split a matrix as its cell asks."""
+    def axes(self, cell_name: str) -> tuple[Axis, Axis]:
+        """Return the row and column axes of the matrix that a cell's quantiser reads."""
+        tokens = self.token_shard if operand_of(cell_name) == self.gathered_operand else self.tokens
+        named = {"tokens": tokens, "in_features": self.in_features, "out_features": self.out_features}
+        rows, cols = CELL_AXES[cell_name]
+        return named[rows], named[cols]  # type: ignore[return-value]
+
+    def open(self, matrix: Tensor, cell_name: str, memo: Memo | None) -> Operand:
+        """Split a matrix [tokens or out_features, features] as its cell asks."""
         cell: CellConfig = getattr(self.recipe, cell_name)
-        operand = operand_of(cell_name)
-        return split_matrix(
-            x,
+        operand, basis = operand_of(cell_name), self.recipe.basis or BasisConfig()
+        rows, cols = self.axes(cell_name)
+        if is_transposed(cell_name):
+            rows, cols = cols, rows
+        split = split_matrix(
+            matrix,
             getattr(self, f"v_{operand}"),
             cell.split,
             rows,
-            features,
-            num_chunks=(self.recipe.basis or BasisConfig()).num_canonical_chunks,
-            amax_scope=self.recipe.amax_scope,
-            memo=memo,
-            memo_key=(operand, "p"),
-        )
-
-    def encode(
-        self, matrix: Tensor, cell_name: str, rows: Axis, cols: Axis, tokens_are_cols: bool, memo: Memo | None
-    ) -> QuantizedTensor | Tensor:
-        """Quantise a residual as its cell asks, or return it as it is."""
-        cell: CellConfig = getattr(self.recipe, cell_name)
-        if cell.quantizer is None:
-            return matrix
-        memo = {} if memo is None else memo
-        key = (operand_of(cell_name), "amax", cell.split is not None, cell.quantizer.rht)
-        encoded = encode(
-            matrix,
-            cell.quantizer,
-            rows,
             cols,
+            num_chunks=basis.num_canonical_chunks,
             amax_scope=self.recipe.amax_scope,
-            noise=self.noise(cell_name),
-            tokens_are_cols=tokens_are_cols,
-            amax=memo.get(key),
+            tp_mode=basis.tp_mode,
+            memo=memo,
+            memo_key=operand,
         )
-        memo[key] = encoded.amax
-        return encoded
+        gather = self.gather if operand == self.gathered_operand else None
+        return Operand(plan=self, cell_name=cell_name, source=matrix, split=split, gather=gather, memo=memo)
 
-    def noise(self, operand: str) -> NoiseStream:
-        """Return the stream of random bits of one cell."""
-        return NoiseStream(seed=self.seed, layer=self.layer, operand=operand, position=self.position)
+    def noise(self, cell_name: str) -> NoiseStream:
+        """Return the random bits of one cell; both copies of a weight share theirs, fixed for the step."""
+        if operand_of(cell_name) == "weight":
+            position = NoisePosition(step=self.position.step, microbatch=0)
+            return NoiseStream(seed=self.seed, layer=self.layer, operand="weight", position=position)
+        return NoiseStream(seed=self.seed, layer=self.layer, operand=cell_name, position=self.position)
 
 
 def operand_of(cell_name: str) -> str:
@@ -111,38 +143,159 @@ def operand_of(cell_name: str) -> str:
     return cell_name.split("_", 1)[1]
 
 
-def _multiply(
-    plan: LinearPlan,
-    left: tuple[Tensor, str, Axis, Axis, bool],
-    right: tuple[Tensor, str, Axis, Axis, bool],
-    accumulate: torch.dtype,
-    memo: Memo | None,
-) -> Tensor:
-    """Return left right^T; each side is (matrix, cell name, row axis, column axis, tokens are columns)."""
-    a, b = plan.encode(*left, memo), plan.encode(*right, memo)
-    if isinstance(a, Tensor):
-        return product(a, b, accumulate)
-    return plan.backend.multiply(a, b, accumulate)
+def is_transposed(cell_name: str) -> bool:
+    """Whether a cell's quantiser reads the transpose of the tensor as x, w and g are stored."""
+    return cell_name in ("dgrad_weight", "wgrad_grad_output", "wgrad_input")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """A split matrix as one cell sees it: its codes for the full-size product, its residual for the thin
+    ones.
+
+    split: residual, p and v of the rows held here. gather: tensor-parallel ranks that hold the other rows of
+    the same matrix (sequence parallelism); what leaves this class is then complete. encoded: codes made
+    earlier (a packed activation), in place of the residual.
+    """
+
+    plan: LinearPlan
+    cell_name: str
+    source: Tensor | None
+    split: SplitMatrix
+    gather: Axis | None = None
+    memo: Memo | None = None
+    encoded: EncodedMatrix | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether something was split off."""
+        return self.split.p is not None
+
+    @property
+    def p(self) -> Tensor:
+        """P of all rows, [rows, r]."""
+        assert self.split.p is not None
+        return self.split.p if self.gather is None else self.gather.gather_rows(self.split.p)
+
+    @property
+    def v(self) -> Tensor:
+        """V of the features held here, [features_local, r]."""
+        assert self.split.v is not None
+        return self.split.v
+
+    @property
+    def residual(self) -> Tensor:
+        """R of the rows held here: as split, or decoded from a packed copy (blocked along the rows)."""
+        if self.encoded is not None and self.source is None:
+            return self.encoded.dequantize(self.split.residual.dtype).t()
+        return self.split.residual
+
+    def times(self, v: Tensor, accumulate: torch.dtype) -> Tensor:
+        """Return R v for all rows as a factor of a further product: [rows, r]; v [features_local, r]."""
+        result = _factor(product(self.residual, v.t(), accumulate), self.split.residual.dtype)
+        return result if self.gather is None else self.gather.gather_rows(result)
+
+    def transposed_times(self, p: Tensor, accumulate: torch.dtype) -> Tensor:
+        """Return R^T p, [features_local, r] in `accumulate`; p [all rows, r]."""
+        mine = p if self.gather is None else self.gather.local_rows(p)
+        result = product(self.residual.t(), mine.t(), accumulate)
+        return result if self.gather is None else self.gather.sum(result)
+
+    def encode_here(self) -> EncodedMatrix | Tensor:
+        """Return the codes of the rows held here, blocks along the contraction axis; or R, not quantised."""
+        if self.encoded is not None:
+            return self.encoded
+        plan, name = self.plan, self.cell_name
+        cell: CellConfig = getattr(plan.recipe, name)
+        matrix = self.split.residual.t() if is_transposed(name) else self.split.residual
+        if cell.quantizer is None:
+            return matrix
+        memo = {} if self.memo is None else self.memo
+        key = (operand_of(name), "amax", self.has_head, cell.quantizer.rht)
+        rows, cols = plan.axes(name)
+        encoded = encode(
+            matrix,
+            cell.quantizer,
+            rows,
+            cols,
+            amax_scope=plan.recipe.amax_scope,
+            noise=plan.noise(name),
+            noise_is_transposed=is_transposed(name),
+            amax=memo.get(key),
+        )
+        if needs_tensor_amax(cell.quantizer):
+            memo[key] = encoded.amax
+        if plan.watch is not None:
+            plan.watch.note(plan, name, self.source, self.split, encoded)
+        return encoded
+
+    def factors(self) -> tuple[QuantizedTensor | Tensor, ...]:
+        """Return the terms of the full-size product: the whole operand, blocks along the contraction axis."""
+        encoded = self.encode_here()
+        along_columns = CELL_AXES[self.cell_name][1] == "tokens"
+        if isinstance(encoded, Tensor):
+            if self.gather is None:
+                return (encoded,)
+            whole = self.gather.gather_rows(encoded.t() if along_columns else encoded)
+            return (whole.t() if along_columns else whole,)
+        if self.gather is None:
+            return encoded.terms
+        return tuple(gather_codes(term, self.gather, along_columns) for term in encoded.terms)
+
+
+def gather_codes(term: QuantizedTensor, shards: Axis, along_columns: bool) -> QuantizedTensor:
+    """Return the whole operand from every rank's rows (or columns): packed bytes and scale bytes travel."""
+
+    def whole(value: Tensor) -> Tensor:
+        if along_columns:
+            return shards.gather_rows(value.t().contiguous()).t()
+        return shards.gather_rows(value)
+
+    scales = term.block_scale_bytes()
+    return QuantizedTensor.from_bytes(
+        whole(term.packed()).contiguous(),
+        None if scales is None else whole(scales).contiguous(),
+        term.amax,
+        **_layout(term),
+    )
+
+
+def _layout(term: QuantizedTensor) -> dict[str, Any]:
+    """Return what `QuantizedTensor.from_bytes` must know beside the bytes and the amax."""
+    return {
+        "block_shape": term.block_shape,
+        "scale_target": term.scale_target,
+        "format": term.format,
+        "power_of_two_scales": term.power_of_two_scales,
+    }
+
+
+def multiply(left: Operand, right: Operand, accumulate: torch.dtype) -> Tensor:
+    """Return the full-size product left right^T over the contraction axis, each term with each other."""
+    total: Tensor | None = None
+    for a in left.factors():
+        for b in right.factors():
+            if isinstance(a, Tensor) or isinstance(b, Tensor):
+                assert isinstance(a, Tensor) and isinstance(b, Tensor)
+                part = product(a, b, accumulate)
+            else:
+                part = left.plan.backend.multiply(a, b, accumulate)
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def fprop(
     x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
 ) -> Tensor:
     """Return this rank's y = x w^T, [M, N] in `accumulate`; x and w in c."""
-    c = x_MK.dtype
-    x = plan.split(x_MK, "fprop_input", plan.tokens, plan.in_features, memo)
-    w = plan.split(w_NK, "fprop_weight", plan.out_features, plan.in_features, memo)
-    y = _multiply(
-        plan,
-        (x.residual, "fprop_input", plan.tokens, plan.in_features, False),
-        (w.residual, "fprop_weight", plan.out_features, plan.in_features, False),
-        accumulate,
-        memo,
-    )
-    if x.p is not None:
-        y += product(x.p, _thin(w_NK, x.v.t(), accumulate, c), accumulate)
-    if w.p is not None:
-        y += product(_thin(x.residual, w.v.t(), accumulate, c), w.p, accumulate)
+    memo = {} if memo is None else memo
+    x, w = plan.open(x_MK, "fprop_input", memo), plan.open(w_NK, "fprop_weight", memo)
+    y = multiply(x, w, accumulate)
+    if x.has_head:
+        y += product(x.p, _factor(product(w_NK, x.v.t(), accumulate), w_NK.dtype), accumulate)
+    if w.has_head:
+        y += product(x.times(w.v, accumulate), w.p, accumulate)
     return y
 
 
@@ -150,53 +303,57 @@ def dgrad(
     g_MN: Tensor, w_NK: Tensor, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
 ) -> Tensor:
     """Return this rank's dx = g w, [M, K] in `accumulate`; g and w in c."""
-    c = g_MN.dtype
-    g = plan.split(g_MN, "dgrad_grad_output", plan.tokens, plan.out_features, memo)
-    w = plan.split(w_NK, "dgrad_weight", plan.out_features, plan.in_features, memo)
-    dx = _multiply(
-        plan,
-        (g.residual, "dgrad_grad_output", plan.tokens, plan.out_features, False),
-        (w.residual.t(), "dgrad_weight", plan.in_features, plan.out_features, False),
-        accumulate,
-        memo,
-    )
-    if g.p is not None:
-        dx += product(g.p, _thin(w_NK.t(), g.v.t(), accumulate, c), accumulate)
-    if w.p is not None:
-        dx += product(_thin(g.residual, w.p.t(), accumulate, c), w.v, accumulate)
+    memo = {} if memo is None else memo
+    g, w = plan.open(g_MN, "dgrad_grad_output", memo), plan.open(w_NK, "dgrad_weight", memo)
+    spectral = plan.spectral if plan.spectral is not None and plan.spectral.on_dx and g.has_head else None
+    dx = multiply(g, w, accumulate)
+    if w.has_head:
+        dx += product(g.times(w.p, accumulate), w.v, accumulate)
+    if spectral is not None:
+        dx *= spectral.residual
+    if g.has_head:
+        p = g.p if spectral is None else _scaled(g.p, spectral.head)
+        dx += product(p, _factor(product(w_NK.t(), g.v.t(), accumulate), w_NK.dtype), accumulate)
     return dx
 
 
 def wgrad(
-    g_MN: Tensor, x_MK: Tensor, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
+    g_MN: Tensor, x: Tensor | Operand, plan: LinearPlan, accumulate: torch.dtype, memo: Memo | None = None
 ) -> Tensor:
-    """Return this rank's dw = g^T x, [N, K] in `accumulate`; g and x in c."""
-    c = g_MN.dtype
-    g = plan.split(g_MN, "wgrad_grad_output", plan.tokens, plan.out_features, memo)
-    x = plan.split(x_MK, "wgrad_input", plan.tokens, plan.in_features, memo)
-    dw = _multiply(
-        plan,
-        (g.residual.t(), "wgrad_grad_output", plan.out_features, plan.tokens, True),
-        (x.residual.t(), "wgrad_input", plan.in_features, plan.tokens, True),
-        accumulate,
-        memo,
-    )
-    if g.p is not None:
-        right = product(x.residual.t(), g.p.t(), accumulate)  # (P_g^T R_x)^T, [K, r]
-        if x.p is not None:
-            right += product(x.v, _thin(g.p.t(), x.p.t(), accumulate, c), accumulate)
-        dw += product(g.v, right if accumulate == torch.float64 else right.to(c), accumulate)
-    if x.p is not None:
-        dw += product(_thin(g.residual.t(), x.p.t(), accumulate, c), x.v, accumulate)
+    """Return this rank's dw = g^T x, [N, K] in `accumulate`; g in c; x in c, or as an operand kept from
+    forward.
+    """
+    memo = {} if memo is None else memo
+    g = plan.open(g_MN, "wgrad_grad_output", memo)
+    if isinstance(x, Tensor):
+        x = plan.open(x, "wgrad_input", memo)
+    spectral = plan.spectral if g.has_head else None
+    dw = multiply(g, x, accumulate)
+    if x.has_head:
+        dw += product(_factor(g.transposed_times(x.p, accumulate), g_MN.dtype), x.v, accumulate)
+    if spectral is not None:
+        dw *= spectral.residual
+    if g.has_head:
+        p = g.p if spectral is None else _scaled(g.p, spectral.head)
+        right = x.transposed_times(p, accumulate)  # (P_g^T R_x)^T, [K, r]
+        if x.has_head:
+            right += product(x.v, _factor(product(p.t(), x.p.t(), accumulate), g_MN.dtype), accumulate)
+        dw += product(g.v, _factor(right, g_MN.dtype), accumulate)
     return dw
 
 
-def _thin(a: Tensor, b: Tensor, accumulate: torch.dtype, c: torch.dtype) -> Tensor:
-    """Return a b^T as a factor of a further product: rounded to c (kept in float64 where that
+def _scaled(p: Tensor, factors: Tensor) -> Tensor:
+    """Return P with its columns scaled; a mean's column in front keeps the first factor."""
+    extra = p.shape[1] - factors.numel()
+    factors = torch.cat((factors[:1].expand(extra), factors)) if extra else factors
+    return (p.to(factors.dtype) * factors).to(p.dtype)
+
+
+def _factor(value: Tensor, c: torch.dtype) -> Tensor:
+    """Return a thin product as a factor of a further one: rounded to c (kept in float64 where that
     accumulates).
     """
-    result = product(a, b, accumulate)
-    return result if accumulate == torch.float64 else result.to(c)
+    return value if value.dtype == torch.float64 else value.to(c)
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -205,25 +362,79 @@ class _QuantizedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
-        ctx.plan, ctx.weight, ctx.memo = plan, w_NK, {}
-        ctx.save_for_backward(x_MK, w_NK)
-        return fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype), ctx.memo).to(x_MK.dtype)
+    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, keep: bool) -> Tensor:
+        ctx.plan, ctx.weight, ctx.memo, ctx.kept = plan, w_NK, {}, None
+        y = fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype), ctx.memo).to(x_MK.dtype)
+        if keep and plan.recipe.save_packed:
+            ctx.kept = PackedInput(plan.open(x_MK, "wgrad_input", ctx.memo))
+            rows = None if plan.sketch is None else plan.sketch.pick("input", x_MK)
+            ctx.save_for_backward(w_NK, rows, *ctx.kept.tensors())
+        elif keep:
+            ctx.save_for_backward(w_NK, x_MK)
+        if plan.gathered_operand == "grad_output":
+            assert plan.gather is not None
+            y = plan.gather.scatter_sum(y)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_MK, w_NK = ctx.saved_tensors
+    def backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         plan: LinearPlan = ctx.plan
-        accumulate, memo = _accumulate_dtype(x_MK.dtype), dict(ctx.memo)
+        accumulate, memo = _accumulate_dtype(g_MN.dtype), dict(ctx.memo)
+        w_NK, first, *saved = ctx.saved_tensors
+        x = first if ctx.kept is None else ctx.kept.unpack(saved)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dgrad(g_MN, w_NK, plan, accumulate, memo).to(x_MK.dtype)
+            dx = dgrad(g_MN, w_NK, plan, accumulate, memo).to(g_MN.dtype)
+            if plan.gathered_operand == "input":
+                assert plan.gather is not None
+                dx = plan.gather.scatter_sum(dx)
         if ctx.needs_input_grad[1]:
-            dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x_MK, plan, accumulate, memo))
+            dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x, plan, accumulate, memo))
         if plan.sketch is not None:
-            plan.sketch("input", x_MK)
-            plan.sketch("grad_output", g_MN)
-        return dx, dw, None
+            rows = plan.sketch.pick("input", x) if ctx.kept is None else first
+            for operand, picked in (("input", rows), ("grad_output", plan.sketch.pick("grad_output", g_MN))):
+                if picked is not None:
+                    plan.sketch.add(operand, picked)
+        return dx, dw, None, None
+
+
+class PackedInput:
+    """The input as wgrad will read it: packed codes, scales, amaxes and P, in place of the matrix itself.
+
+    NVFP4: 4.5 bits per element and r bf16 numbers per token.
+    """
+
+    def __init__(self, operand: Operand) -> None:
+        encoded = operand.encode_here()
+        assert isinstance(encoded, EncodedMatrix)
+        self.plan, self.gather = operand.plan, operand.gather
+        self.v, self.dtype = operand.split.v, operand.split.residual.dtype
+        self._terms, self._p, self.has_head = encoded.terms, operand.split.p, operand.has_head
+        self.layouts = [_layout(term) for term in encoded.terms]
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return what to save, and let go of it here."""
+        saved: list[Tensor | None] = [] if self._p is None else [self._p]
+        for term in self._terms:
+            saved += [term.packed(), term.block_scale_bytes(), term.amax]
+        self._p, self._terms = None, ()
+        return saved
+
+    def unpack(self, saved: list[Tensor]) -> Operand:
+        """Return the operand again from the saved tensors."""
+        p, parts = (saved[0], saved[1:]) if self.has_head else (None, saved)
+        terms = tuple(
+            QuantizedTensor.from_bytes(*parts[3 * i : 3 * i + 3], **layout)
+            for i, layout in enumerate(self.layouts)
+        )
+        return Operand(
+            plan=self.plan,
+            cell_name="wgrad_input",
+            source=None,
+            split=SplitMatrix(residual=parts[0].new_empty(0, dtype=self.dtype), p=p, v=self.v),
+            gather=self.gather,
+            encoded=EncodedMatrix(terms=terms),
+        )
 
 
 def deliver_weight_grad(weight: Tensor, dw: Tensor) -> Tensor:
@@ -252,4 +463,4 @@ def quantized_linear(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
     x: [M, K] and w: [N, K], both fp32 or both bf16 (float64 in the exact test mode, where quantisers read
     fp32).
     """
-    return _QuantizedLinear.apply(x_MK, w_NK, plan)
+    return _QuantizedLinear.apply(x_MK, w_NK, plan, torch.is_grad_enabled())

@@ -23,9 +23,9 @@ from metis.clock import TrainingClock
 from metis.config import BasisConfig, Recipe, ReparametrisationConfig
 from metis.decompose import basis as algebra
 from metis.errors import ConfigError, ShapeError
-from metis.functional import LinearPlan, quantized_linear
+from metis.functional import LinearPlan, SpectralFactors, quantized_linear
 from metis.gemm import EmulatedGemm, GemmBackend
-from metis.operand import Axis, coefficients
+from metis.operand import Axis, coefficients, token_mean
 from metis.recipes import resolve_recipe
 from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition, stream_key
@@ -39,14 +39,15 @@ class _Pending:
 
     z: Tensor
     gram: Tensor
-    row_count: int
+    row_count: Tensor
 
 
 class OperandBasis(nn.Module):
     """One basis of one linear: V and the sketch for the next V, for the features this rank holds.
 
-    layer, operand: names that key its random numbers. features: the axis it lives on. Saved: v [K_local, q]
-    bf16, z [K_local, q] float64, gram [q, q] float64, counters [5] int64. Rebuilt: nothing.
+    layer, operand: names that key its random numbers. features: the axis it lives on. centred: sketches read
+    rows less the mean over tokens. ordered: V is kept in Ritz order. Saved: v [K_local, q] bf16, z [K_local,
+    q] float64, gram [q, q] and energies [q] float64, counters [6] int64. Rebuilt: nothing.
     """
 
     def __init__(
@@ -58,21 +59,23 @@ class OperandBasis(nn.Module):
         rank: int,
         config: BasisConfig,
         seed: int,
+        centred: bool = False,
+        ordered: bool = False,
         device: Any = "cpu",
     ) -> None:
         super().__init__()
-        self.layer, self.operand, self.features, self.config, self.seed = (
-            layer,
-            operand,
-            features,
-            config,
-            seed,
-        )
+        self.layer, self.operand, self.config, self.seed = layer, operand, config, seed
+        self.centred, self.ordered = centred, ordered
+        self.features = features.alone() if config.tp_mode == "local" else features
         whole = algebra.empty_state(
-            self._key("directions"), features.size, rank, config.oversample, device=torch.device(device)
+            self._key("directions"), self.features.size, rank, config.oversample, device=torch.device(device)
         )
-        self.state = replace(whole, v=features.local_rows(whole.v), z=features.local_rows(whole.z))
+        self.state = self._local(whole)
+        self.tracks_drift, self.drift_degrees = False, None
         self._pending: _Pending | None = None
+
+    def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
+        return replace(whole, v=self.features.local_rows(whole.v), z=self.features.local_rows(whole.z))
 
     def _key(self, purpose: str) -> tuple[int, int]:
         return stream_key(self.seed, self.layer, self.operand, purpose)
@@ -87,8 +90,8 @@ class OperandBasis(nn.Module):
         return algebra.wants_sketch(self.state, step, self.config.refresh_interval_steps)
 
     @torch.no_grad()
-    def sketch_tokens(self, x: Tensor, tokens: Axis, position: NoisePosition, num_window_tokens: int) -> None:
-        """Add the sampled rows of one microbatch, x [M_local, K_local], to this step's sketch."""
+    def pick_rows(self, x: Tensor, tokens: Axis, position: NoisePosition, num_window_tokens: int) -> Tensor:
+        """Return the sampled rows of one microbatch that are held here, of x [M_local, K_local]."""
         rank, config = self.state.rank, self.config
         wanted = algebra.num_sampled_rows(
             num_window_tokens, config.row_sample_fraction, rank, config.oversample
@@ -103,27 +106,45 @@ class OperandBasis(nn.Module):
             probability=algebra.sample_probability(wanted, num_window_tokens),
             num_pinned_rows=config.num_pinned_rows,
         )
-        mine = mask.chunk(tokens.num_shards)[tokens.shard]
-        self._add(x[mine], int(mine.sum()))
+        picked = x[mask.chunk(tokens.num_shards)[tokens.shard]]
+        if not self.centred:
+            return picked
+        mean = token_mean(x, tokens).t()
+        return picked.to(torch.promote_types(x.dtype, torch.float32)) - mean
+
+    @torch.no_grad()
+    def add_rows(self, rows: Tensor, shards: Axis | None = None) -> None:
+        """Add picked rows to this step's sketch; `shards`: ranks that hold others of the same microbatch."""
+        columns = self._sketch(rows)
+        if shards is not None and shards.is_sharded:
+            flat = torch.cat([columns.z.flatten(), columns.gram.flatten(), columns.row_count])
+            z, gram, count = shards.sum(flat).split([columns.z.numel(), columns.gram.numel(), 1])
+            columns = _Pending(z.view_as(columns.z), gram.view_as(columns.gram), count)
+        self._add(columns)
 
     @torch.no_grad()
     def sketch_weight(self, weight: Tensor, rows: Axis) -> None:
         """Sketch all rows of w [N_local, K_local]; sums over ranks that hold other rows are formed here."""
-        self._add(weight.to(torch.float32), weight.shape[0])
-        assert self._pending is not None
-        rows.sum(self._pending.z)
-        rows.sum(self._pending.gram)
+        rows = rows.alone() if self.config.tp_mode == "local" else rows
+        columns = self._sketch(weight.to(torch.float32))
+        rows.sum(columns.z)
+        rows.sum(columns.gram)
+        self._add(columns)
 
-    def _add(self, x: Tensor, count: int) -> None:
+    def _sketch(self, x: Tensor) -> _Pending:
         directions = algebra.sketch_directions(self.state)
-        b = coefficients(x, directions, self.features, self.config.num_canonical_chunks)
+        config = self.config
+        b = coefficients(x, directions, self.features, config.num_canonical_chunks, config.tp_mode)
         z, gram = algebra.sketch(x, b)
+        return _Pending(z, gram, z.new_full((1,), x.shape[0]))
+
+    def _add(self, more: _Pending) -> None:
         if self._pending is None:
-            self._pending = _Pending(z, gram, count)
+            self._pending = more
         else:
-            self._pending.z += z
-            self._pending.gram += gram
-            self._pending.row_count += count
+            self._pending.z += more.z
+            self._pending.gram += more.gram
+            self._pending.row_count += more.row_count
 
     def take_pending(self) -> Tensor | None:
         """Return this step's sketch as one flat float64 vector to be summed over token shards, and forget
@@ -132,8 +153,7 @@ class OperandBasis(nn.Module):
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
-        count = torch.tensor([pending.row_count], dtype=torch.float64, device=pending.z.device)
-        return torch.cat([pending.z.flatten(), pending.gram.flatten(), count])
+        return torch.cat([pending.z.flatten(), pending.gram.flatten(), pending.row_count])
 
     def absorb(self, summed: Tensor) -> None:
         """Add a summed sketch (layout of `take_pending`) to the accumulator."""
@@ -156,8 +176,17 @@ class OperandBasis(nn.Module):
         whole = replace(
             self.state, v=features.gather_rows(self.state.v), z=features.gather_rows(self.state.z)
         )
-        fresh = algebra.refresh(whole, step, refill_key=self._key("refill"), num_rows_needed=needed)
-        self.state = replace(fresh, v=features.local_rows(fresh.v), z=features.local_rows(fresh.z))
+        fresh = algebra.refresh(
+            whole,
+            step,
+            refill_key=self._key("refill"),
+            num_rows_needed=needed,
+            num_cold_steps=config.num_cold_steps,
+            ordered=self.ordered,
+        )
+        if self.tracks_drift:
+            self.drift_degrees = algebra.largest_principal_angle(whole, fresh)
+        self.state = self._local(fresh)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state to save: v and z for the local features, gram and counters the same on every
@@ -203,8 +232,52 @@ class OperandBasis(nn.Module):
         """Follow the module to another device, but keep every dtype: z stays float64 under `.bfloat16()`."""
         device = fn(torch.empty(0, device=self.state.v.device)).device
         state = self.state
-        self.state = replace(state, v=state.v.to(device), z=state.z.to(device), gram=state.gram.to(device))
+        self.state = replace(
+            state,
+            v=state.v.to(device),
+            z=state.z.to(device),
+            gram=state.gram.to(device),
+            energies=state.energies.to(device),
+        )
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceShard:
+    """Sequence parallelism of one linear: which operand arrives as a shard of its tokens, and who has the
+    rest.
+
+    operand: "input" (column-parallel) or "grad_output" (row-parallel). tokens: the axis of the shard, with
+    every rank that holds other tokens of the microbatch. gather: the same axis among the tensor-parallel
+    ranks only.
+    """
+
+    operand: str
+    tokens: Axis
+    gather: Axis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sketcher:
+    """The `BasisSketch` of one forward pass: position and axes as they were then."""
+
+    bases: Mapping[str, OperandBasis]
+    axes: Mapping[str, Axis]
+    shards: Mapping[str, Axis]
+    position: NoisePosition
+    num_window_tokens: int
+
+    def pick(self, operand: str, matrix: Tensor) -> Tensor | None:
+        """Return the rows that the next basis of `operand` wants, None without one to make."""
+        if operand not in self.bases:
+            return None
+        return self.bases[operand].pick_rows(
+            matrix, self.axes[operand], self.position, self.num_window_tokens
+        )
+
+    def add(self, operand: str, rows: Tensor) -> None:
+        """Add picked rows to this step's sketch."""
+        self.bases[operand].add_rows(rows, self.shards.get(operand))
 
 
 class LinearCore(nn.Module):
@@ -231,9 +304,10 @@ class LinearCore(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         _check_features(recipe, layer, in_features, out_features)
         self.bases = nn.ModuleDict()
+        self.borrowed: frozenset[str] = frozenset()
         for operand in OPERANDS:
             split = getattr(recipe, f"{operand}_split")
-            if split is not None:
+            if split is not None and split.rank is not None:
                 features = out_features if operand == "grad_output" else in_features
                 assert recipe.basis is not None
                 self.bases[operand] = OperandBasis(
@@ -243,41 +317,91 @@ class LinearCore(nn.Module):
                     rank=split.rank.columns(features.size),
                     config=recipe.basis,
                     seed=clock.seed,
+                    centred=split.mean_first,
+                    ordered=operand == "grad_output" and recipe.spectral_learning_rate is not None,
                     device=device,
                 )
 
-    def forward(self, x_MK: Tensor, w_NK: Tensor, tokens: Axis) -> Tensor:
-        """Return this rank's x w^T, [M, N] in x's dtype."""
-        if torch.is_grad_enabled() and self.recipe.wgrad_input.quantizer is not None:
-            _check_tokens(self.layer, tokens)
-        return quantized_linear(x_MK, w_NK, self.plan(tokens))
+    def borrow_input_basis(self, owner: LinearCore) -> None:
+        """Use the input basis of `owner`, a linear that reads the same input; only the owner sketches and
+        renews it.
 
-    def plan(self, tokens: Axis) -> LinearPlan:
+        Raises ConfigError unless both recipes split the input in the same way.
+        """
+        mine, its = self.recipe.input_split, owner.recipe.input_split
+        if mine is None or mine != its or self.recipe.basis != owner.recipe.basis:
+            raise ConfigError(
+                f"{self.layer}: input basis",
+                f"must be split as {owner.layer} splits it, to share its basis; received {mine} and {its}",
+            )
+        self.bases["input"] = owner.bases["input"]
+        self.borrowed = frozenset({"input"})
+
+    def forward(
+        self, x_MK: Tensor, w_NK: Tensor, tokens: Axis, sequence: SequenceShard | None = None
+    ) -> Tensor:
+        """Return this rank's x w^T, [M, N] in x's dtype.
+
+        tokens: of all rows that this rank multiplies. sequence: x (or the output, and so its gradient) is a
+        shard of those rows.
+        """
+        if torch.is_grad_enabled() and self.recipe.wgrad_input.quantizer is not None:
+            for axis in (tokens, *(() if sequence is None else (sequence.tokens,))):
+                _check_tokens(self.recipe, self.layer, axis)
+        return quantized_linear(x_MK, w_NK, self.plan(tokens, sequence))
+
+    def plan(self, tokens: Axis, sequence: SequenceShard | None = None) -> LinearPlan:
         """Return the plan of a forward pass that starts now."""
         clock, position = self.clock, self.clock.position
         active = {f"v_{name}": basis.active for name, basis in self.bases.items()}  # type: ignore[operator]
-        sketching = [
-            name
+        sketching = {
+            name: basis
             for name, basis in self.bases.items()
-            if self.training and name != "weight" and basis.wants_sketch(clock.step)
-        ]
-        window = clock.num_tokens_per_step
-
-        def sketch(operand: str, matrix: Tensor) -> None:
-            if operand in sketching:
-                self.bases[operand].sketch_tokens(matrix, tokens, position, window)
-
+            if self.training
+            and name != "weight"
+            and name not in self.borrowed
+            and basis.wants_sketch(clock.step)  # type: ignore[operator]
+        }
+        shard = {} if sequence is None else {sequence.operand: sequence}
+        sketcher = _Sketcher(
+            bases=sketching,  # type: ignore[arg-type]
+            axes={name: shard[name].tokens if name in shard else tokens for name in sketching},
+            shards={name: shard[name].gather for name in sketching if name in shard},
+            position=position,
+            num_window_tokens=clock.num_tokens_per_step,
+        )
         return LinearPlan(
             recipe=self.recipe,
             layer=self.layer,
             tokens=tokens,
             in_features=self.in_features,
             out_features=self.out_features,
+            token_shard=None if sequence is None else sequence.tokens,
+            gather=None if sequence is None else sequence.gather,
+            gathered_operand="" if sequence is None else sequence.operand,
             seed=clock.seed,
             position=position,
-            sketch=sketch if sketching else None,
+            spectral=self._spectral_factors(),
+            sketch=sketcher if sketching else None,
             backend=self.backend,
+            watch=clock.watch,
             **active,
+        )
+
+    def _spectral_factors(self) -> SpectralFactors | None:
+        """Return what the adaptive spectral learning rate multiplies with, None without a basis in use."""
+        config = self.recipe.spectral_learning_rate
+        if config is None or self.bases["grad_output"].active is None:
+            return None
+        state: algebra.BasisState = self.bases["grad_output"].state  # type: ignore[assignment]
+        if config.schedule == "smooth":
+            sigma = state.energies[: state.rank].sqrt()
+            head = 2.0 / (1.0 + sigma / sigma.amax().clamp(min=torch.finfo(torch.float64).tiny))
+            return SpectralFactors(head=head.float(), residual=2.0, on_dx=config.apply_to == "dw_and_dx")
+        head = torch.full((state.rank,), config.head_factor, device=state.v.device)
+        head[: config.num_leading] = config.leading_factor
+        return SpectralFactors(
+            head=head, residual=config.residual_factor, on_dx=config.apply_to == "dw_and_dx"
         )
 
     def sketch_weight(self, weight: Tensor, step: int) -> None:
@@ -320,33 +444,33 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
 
 
 def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:
-    for setting, rank in recipe.quantized_ranks(in_features.size, out_features.size):
-        if rank % 16:
+    for setting, rank, multiple in recipe.quantized_ranks(in_features.size, out_features.size):
+        if rank % multiple:
             raise ConfigError(
                 f"{layer}: recipe {recipe.name!r}: {setting}",
-                f"must give a multiple of 16 columns where NVFP4 blocks run along the rank, received {rank}",
+                f"must give a multiple of {multiple} columns where blocks run along the rank, received "
+                f"{rank}",
             )
-    if not recipe.is_quantized:
-        return
     for name, axis in (("in_features", in_features), ("out_features", out_features)):
-        per_part = axis.local_size // axis.parts
-        if per_part % 16 or axis.local_size % axis.parts:
+        per_part, multiple = axis.local_size // axis.parts, recipe.axis_multiple(name)
+        if per_part % multiple or axis.local_size % axis.parts:
             raise ShapeError(
                 layer,
-                f"{name} held by one rank must be a multiple of 16 per projection (NVFP4 blocks), received "
-                f"{per_part}; "
-                "change the size or the tensor-parallel size, or keep this layer in bf16 with a policy",
+                f"{name} held by one rank must be a multiple of {multiple} per projection (blocks of recipe "
+                f"{recipe.name!r}), received {per_part}; change the size or the tensor-parallel size, or "
+                "keep "
+                "this layer in bf16 with a policy",
             )
 
 
-def _check_tokens(layer: str, tokens: Axis) -> None:
+def _check_tokens(recipe: Recipe, layer: str, tokens: Axis) -> None:
+    multiple = recipe.axis_multiple("tokens")
     for _, length in tokens.runs:
-        if length % 16:
+        if length % multiple:
             raise ShapeError(
                 layer,
-                f"tokens per microbatch and rank must be a multiple of 16 (wgrad blocks run along tokens), "
-                "received "
-                f"a run of {length}; change the sequence length or the micro batch size",
+                f"tokens per microbatch and rank must be a multiple of {multiple} (wgrad blocks run along "
+                f"tokens), received a run of {length}; change the sequence length or the micro batch size",
             )
 
 

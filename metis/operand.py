@@ -4,14 +4,18 @@
 an `Axis` knows which logical rows or columns this rank holds and which ranks hold the rest, so that tensor
 amaxes, coefficients and random numbers are the same for every layout.
 
+The mean over tokens is a direction like any other: `mean_first` puts a column of ones into P and the mean
+into V, and every product that holds for any P and V holds with it.
+
 Shapes: M tokens, K in_features, N out_features, r rank; sizes in names are logical, a rank may hold a piece.
-Dtypes: c is the compute dtype that quantisers read (fp32 or bf16); P and V are bf16; R is formed in float64
-and rounded once to c. Source of the split: arXiv 2509.00404 v4, in projector form x = P V^T + R with P = x V.
+Dtypes: c is the compute dtype that quantisers read (fp32 or bf16); P, V and the mean are bf16; R is formed in
+float64 and rounded once to c. Source of the split: arXiv 2509.00404 v4, in projector form x = P V^T + R with
+P = x V; of the mean: arXiv 2603.10444.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +23,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metis.config import QuantizerConfig, SplitConfig
+from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose.projector import chunk_partials, head_and_residual, num_chunks_for, tree_sum
 from metis.errors import ConfigError
-from metis.quantize import QuantizedTensor, quantize, random_hadamard_16, tensor_amax
+from metis.quantize import (
+    QuantizedTensor,
+    quantize,
+    quantize_fp8,
+    quantize_mxfp4,
+    random_hadamard,
+    seeded_sign_vector,
+    tensor_amax,
+)
 from metis.rng import NoisePosition, random_words, stream_key
 
 
@@ -53,6 +65,12 @@ class Axis:
         """Return the axis of a rank that holds everything."""
         return cls(size=size, runs=((0, size),))
 
+    def alone(self) -> Axis:
+        """Return the piece held here as an axis of its own, which nobody shares."""
+        return replace(
+            self, size=self.local_size, runs=((0, self.local_size),), num_shards=1, shard=0, group=None
+        )
+
     @property
     def local_size(self) -> int:
         """Length of the piece held here."""
@@ -71,8 +89,9 @@ class Axis:
         """Return `value` of every rank that holds a piece, in shard order."""
         if not self.is_sharded:
             return [value]
+        value = value.contiguous()
         pieces = [torch.empty_like(value) for _ in range(self.num_shards)]
-        dist.all_gather(pieces, value.contiguous(), group=self.group)
+        dist.all_gather(pieces, value, group=self.group)
         return pieces
 
     def gather_rows(self, value: Tensor) -> Tensor:
@@ -96,6 +115,15 @@ class Axis:
             dist.all_reduce(value, group=self.group)
         return value
 
+    def scatter_sum(self, value: Tensor) -> Tensor:
+        """Return this rank's [local_size, ...] rows of the sum of every rank's [size, ...]; one part only."""
+        assert self.parts == 1
+        if not self.is_sharded:
+            return value
+        mine = value.new_empty((value.shape[0] // self.num_shards, *value.shape[1:]))
+        dist.reduce_scatter_tensor(mine, value.contiguous(), group=self.group)
+        return mine
+
     def reduce_max(self, value: Tensor) -> Tensor:
         """Return the maximum over all pieces; NaN on any rank gives NaN (a library's MAX may drop it)."""
         if not self.is_sharded:
@@ -103,13 +131,16 @@ class Axis:
         return torch.stack(self.gather(value)).amax(dim=0)
 
 
-def coefficients(x: Tensor, v: Tensor, features: Axis, num_chunks: int) -> Tensor:
-    """Return x V over the whole feature axis: float64 [M, r], bitwise the same for any sharding of the axis.
+def coefficients(x: Tensor, v: Tensor, features: Axis, num_chunks: int, tp_mode: str = "exact") -> Tensor:
+    """Return x V over the whole feature axis: float64 [M, r].
 
-    x: [M, K_local]; v: [K_local, r]. The axis is cut into canonical chunks whose float64 partial products
-    are summed in a fixed binary tree: each rank sums its subtree, the subtree sums are gathered, and every
-    rank finishes the tree.
+    x: [M, K_local]; v: [K_local, r]. `exact`: bitwise the same for any sharding of the axis, which is cut
+    into canonical chunks whose float64 partial products are summed in a fixed binary tree: each rank sums its
+    subtree, the subtree sums are gathered, and every rank finishes the tree. `fast`: fp32 products summed by
+    the library in its own order. (`local` has no other shards: pass `features.alone()`.)
     """
+    if tp_mode == "fast":
+        return features.sum(x.to(torch.float32) @ v.to(torch.float32)).to(torch.float64)
     total = num_chunks_for(features.size // features.parts, num_chunks)
     if total % features.num_shards:
         raise ConfigError(
@@ -121,12 +152,18 @@ def coefficients(x: Tensor, v: Tensor, features: Axis, num_chunks: int) -> Tenso
     return tree_sum(torch.stack(features.gather(tree_sum(partials))))
 
 
+def token_mean(x: Tensor, tokens: Axis) -> Tensor:
+    """Return the mean row of x over all tokens of the microbatch, bf16 [K_local, 1], summed in float64."""
+    total = tokens.sum(x.sum(dim=0, dtype=torch.float64))
+    return (total / tokens.size).to(torch.bfloat16)[:, None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitMatrix:
     """A matrix as head plus residual: x = p v^T + residual; `p` and `v` are None where nothing is split off.
 
     residual: [rows, K_local] in c. p: [rows, r], v: [K_local, r]: the head's factors as they enter the thin
-    products.
+    products, with the ones and the mean as first columns under `mean_first`.
     """
 
     residual: Tensor
@@ -143,32 +180,68 @@ def split_matrix(
     *,
     num_chunks: int,
     amax_scope: str,
+    tp_mode: str = "exact",
     memo: dict[Any, Tensor] | None = None,
     memo_key: Any = None,
 ) -> SplitMatrix:
-    """Split `x` [rows, features] along `basis` V (bf16 [features_local, r]); without basis or split, x is
-    the residual.
+    """Split `x` [rows, features] along `basis` V (bf16 [features_local, r]); without a head, x is the
+    residual.
 
-    `bf16` head: P = bf16(x V), R = c(x - P V^T). `literal` head: R against the exact P = x V, and the factors
-    that multiply are the NVFP4 ones (P and V^T both blocked along r). `memo` keeps P (the only part that
-    costs messages between ranks) under `memo_key` for a second split of the same matrix by the same basis.
+    `bf16` head: P = bf16(x V), R = c(x - P V^T). `feedback` and `two_term`: P and V quantised along r, R
+    against those. `literal`: R against the exact P = x V, while the factors that multiply are the quantised
+    ones. `mean_first`: x is centred first, P = (x - 1 mu^T) V. `memo` keeps P and mu (the only parts that
+    cost messages between ranks) under `memo_key` for a second split of the same matrix by the same basis.
     """
-    if basis is None or split is None:
+    if split is None or (basis is None and not split.mean_first):
         return SplitMatrix(residual=x)
-    p = None if memo is None else memo.get(memo_key)
-    if p is None:
-        p = coefficients(x, basis, features, num_chunks)
-        p = p.to(torch.bfloat16) if split.head_format == "bf16" else p
-        if memo is not None:
-            memo[memo_key] = p
-    residual = head_and_residual(x, basis, p, x.dtype)
-    if split.head_format == "bf16":
-        return SplitMatrix(residual=residual, p=p, v=basis)
+    memo = {} if memo is None else memo
+    features = features.alone() if tp_mode == "local" else features
+    mean = None
+    if split.mean_first:
+        mean = _remember(memo, (memo_key, "mean"), lambda: token_mean(x, rows))
+    if basis is None or split.rank is None:
+        return _with_head(x, x.new_empty(x.shape[0], 0), x.new_empty(x.shape[1], 0), mean)
+
+    def project() -> Tensor:
+        p = coefficients(x, basis, features, num_chunks, tp_mode)
+        if mean is not None:
+            p = p - coefficients(mean.t(), basis, features, num_chunks, tp_mode)
+        return p if split.head_format == "literal" else p.to(torch.bfloat16)
+
+    p, v = _remember(memo, (memo_key, "p"), project), basis
+    quantizer = split.factor_quantizer
+    if quantizer is None:
+        return _with_head(x, p, v, mean)
     rank_axis = Axis.whole(basis.shape[1])
-    quantizer = QuantizerConfig()
-    p_q = encode(p.to(x.dtype), quantizer, rows, rank_axis, amax_scope=amax_scope)
-    v_q = encode(basis, quantizer, features, rank_axis, amax_scope=amax_scope)
-    return SplitMatrix(residual=residual, p=p_q.dequantize(x.dtype), v=v_q.dequantize(x.dtype))
+    p_q, v_q = (
+        encode(factor, quantizer, axis, rank_axis, amax_scope=amax_scope).dequantize(x.dtype)
+        for factor, axis in ((p.to(x.dtype), rows), (v, features))
+    )
+    if split.head_format != "literal":
+        return _with_head(x, p_q, v_q, mean)
+    exact = _with_head(x, p, v, mean)
+    return SplitMatrix(residual=exact.residual, p=_joined(p_q, 1.0, mean), v=_joined(v_q, mean, mean))
+
+
+def _remember(memo: dict[Any, Tensor], key: Any, make: Any) -> Tensor:
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
+
+
+def _joined(factor: Tensor, first: Tensor | float, mean: Tensor | None) -> Tensor:
+    """Return the factor with a first column: the mean in V, ones in P; as it is without a mean."""
+    if mean is None:
+        return factor
+    if not isinstance(first, Tensor):
+        first = factor.new_full((factor.shape[0], 1), first)
+    return torch.cat((first.to(factor.dtype), factor), dim=1)
+
+
+def _with_head(x: Tensor, p: Tensor, v: Tensor, mean: Tensor | None) -> SplitMatrix:
+    """Return x with the head of p and v (and the mean) taken off, R in x's dtype."""
+    p, v = _joined(p, 1.0, mean), _joined(v, mean, mean) if mean is not None else v
+    return SplitMatrix(residual=head_and_residual(x, v, p, x.dtype), p=p, v=v)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +253,40 @@ class NoiseStream:
     operand: str
     position: NoisePosition
 
-    def words(self, tokens: Axis, features: Axis, device: torch.device) -> Tensor:
-        """Return one 32-bit word per logical (token, feature): int64 [tokens_local, features_local]."""
+    def words(self, rows: Axis, cols: Axis, device: torch.device) -> Tensor:
+        """Return one 32-bit word per logical (row, column): int64 [rows_local, cols_local]."""
         key = stream_key(self.seed, self.layer, self.operand)
-        return random_words(key, self.position, tokens.indices(device), features.indices(device))
+        return random_words(key, self.position, rows.indices(device), cols.indices(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedMatrix:
+    """A quantised matrix: the sum of one or two terms, all blocked along the columns."""
+
+    terms: tuple[QuantizedTensor, ...]
+
+    @property
+    def amax(self) -> Tensor:
+        """Tensor amax of the first term, fp32 0-dim."""
+        return self.terms[0].amax
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the decoded matrix in `dtype`, terms summed in fp32."""
+        total = self.terms[0].dequantize(torch.float32)
+        for term in self.terms[1:]:
+            total = total + term.dequantize(torch.float32)
+        return total.to(dtype)
+
+
+@lru_cache(maxsize=64)
+def sign_vector(rht: RhtConfig) -> tuple[int, ...] | None:
+    """Return the signs of a transform, None for the fixed ones of NVIDIA's recipe."""
+    return None if rht.sign_seed is None else seeded_sign_vector(rht.sign_seed, rht.size)
+
+
+def rotate(matrix: Tensor, rht: RhtConfig | None) -> Tensor:
+    """Return the matrix rotated along its columns as `rht` says (bf16), or as it is."""
+    return matrix if rht is None else random_hadamard(matrix, rht.size, sign_vector(rht))
 
 
 def encode(
@@ -194,36 +297,75 @@ def encode(
     *,
     amax_scope: str,
     noise: NoiseStream | None = None,
-    tokens_are_cols: bool = False,
+    noise_is_transposed: bool = False,
     amax: Tensor | None = None,
-) -> QuantizedTensor:
+) -> EncodedMatrix:
     """Quantise `matrix` [rows, cols] with blocks along its columns, the contraction axis of its GEMM.
 
     Order: float64 (exact test mode) rounded once to fp32, Hadamard (rounded to bf16), tensor amax (reduced
-    over the ranks that hold the rest of either axis when `amax_scope` is global), block scales, rounding.
-    `tokens_are_cols` says that the matrix is a transposed copy, so that random bits are still looked up by
-    (token, feature).
+    over the ranks that hold the rest of either axis when `amax_scope` is global), scales, rounding.
+    `noise_is_transposed` says that the matrix is a transposed copy, so that random bits are still looked up
+    by (row, column) of the original. A second term quantises what the first leaves, in fp32.
     """
     if matrix.dtype == torch.float64:
         matrix = matrix.to(torch.float32)
-    if quantizer.rht:
-        matrix = random_hadamard_16(matrix)
-    if amax is None:
-        amax = tensor_amax(matrix)
-        if amax_scope == "global":
-            amax = cols.reduce_max(rows.reduce_max(amax))
+    matrix = rotate(matrix, quantizer.rht)
     words = None
     if quantizer.rounding == "stochastic":
         assert noise is not None, "stochastic rounding needs a noise stream"
-        if tokens_are_cols:
+        if noise_is_transposed:
             words = noise.words(cols, rows, matrix.device).t()
         else:
             words = noise.words(rows, cols, matrix.device)
-    return quantize(
+    first = _quantize(matrix, quantizer, rows, cols, amax_scope, words, amax)
+    if quantizer.num_terms == 1:
+        return EncodedMatrix(terms=(first,))
+    left = matrix.to(torch.float32) - first.dequantize(torch.float32)
+    return EncodedMatrix(terms=(first, _quantize(left, quantizer, rows, cols, amax_scope, None, None)))
+
+
+def needs_tensor_amax(quantizer: QuantizerConfig) -> bool:
+    """Whether a scale is made from the amax of the whole tensor, which ranks must agree on."""
+    return quantizer.format == "nvfp4" or quantizer.block_shape is None
+
+
+def _quantize(
+    matrix: Tensor,
+    quantizer: QuantizerConfig,
+    rows: Axis,
+    cols: Axis,
+    amax_scope: str,
+    words: Tensor | None,
+    amax: Tensor | None,
+) -> QuantizedTensor:
+    if amax is None and needs_tensor_amax(quantizer):
+        amax = tensor_amax(matrix)
+        if amax_scope == "global":
+            amax = cols.reduce_max(rows.reduce_max(amax))
+    if quantizer.format == "nvfp4":
+        assert quantizer.block_shape is not None
+        return quantize(
+            matrix,
+            block_shape=quantizer.block_shape,
+            rounding=quantizer.rounding,
+            amax=amax,
+            noise_words=words,
+            num_random_bits=quantizer.num_random_bits,
+            four_over_six=quantizer.four_over_six,
+            scale_rounding=quantizer.scale_rounding,
+        )
+    if quantizer.format == "mxfp4":
+        return quantize_mxfp4(
+            matrix,
+            rounding=quantizer.rounding,
+            noise_words=words,
+            num_random_bits=quantizer.num_random_bits,
+            scale_rounding=quantizer.scale_rounding,
+        )
+    return quantize_fp8(
         matrix,
+        element="e4m3" if quantizer.format == "fp8_e4m3" else "e5m2",
         block_shape=quantizer.block_shape,
-        rounding=quantizer.rounding,
+        power_of_two_scales=quantizer.power_of_two_scales,
         amax=amax,
-        noise_words=words,
-        num_random_bits=quantizer.num_random_bits,
     )

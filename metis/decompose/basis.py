@@ -14,7 +14,11 @@ Phases, one optimizer step each as long as enough rows came in; `refresh` runs a
     warm    the r columns in use               all r            orthonormal                      warm
 
 So with plenty of tokens: step 0 runs unsplit, refreshes follow steps 0 and 1, then every step t with
-t % refresh_interval_steps == refresh_interval_steps - 1.
+t % refresh_interval_steps == refresh_interval_steps - 1. `num_cold_steps` other than 2 makes the cold start
+longer (refreshes of phase cold that keep all columns come in between) or shorter (the first refresh keeps the
+r strongest columns and is warm at once). With `ordered` a warm refresh also rotates V into the Ritz
+directions of its sketch, strongest first, and keeps their energies; without it V is left as the power step
+made it, because such a rotation is discontinuous where two energies meet.
 
 Traps:
 * Too few rows: no refresh, the accumulator grows over further steps (and is saved in checkpoints) until there
@@ -64,7 +68,8 @@ class BasisState:
     v: [K, q] bf16; in phase warm the columns past r are zero.
     z: [K, q] float64 and gram: [q, q] float64, sums since the last refresh. row_count: rows in them, over all
     ranks. last_refresh_step: optimizer step after which v was made, -1 for none. num_kept: refreshes that
-    kept the old v.
+    kept the old v. num_refreshes: those that made a new one. energies: [q] float64, singular values of V^T Z
+    when v was made and ordered (sigma_i^2 of the rows sketched), else zero.
     """
 
     phase: Literal["empty", "cold", "warm"]
@@ -72,9 +77,11 @@ class BasisState:
     v: Tensor
     z: Tensor
     gram: Tensor
+    energies: Tensor
     row_count: int = 0
     last_refresh_step: int = -1
     num_kept: int = 0
+    num_refreshes: int = 0
 
     @property
     def num_sketch_columns(self) -> int:
@@ -97,6 +104,7 @@ def empty_state(
         v=initial_sketch_directions(key, num_features, width, device),
         z=torch.zeros(num_features, width, dtype=torch.float64, device=device),
         gram=torch.zeros(width, width, dtype=torch.float64, device=device),
+        energies=torch.zeros(width, dtype=torch.float64, device=device),
     )
 
 
@@ -227,41 +235,64 @@ def accumulate(state: BasisState, z_Kq: Tensor, gram_qq: Tensor, row_count: int)
 
 
 def refresh(
-    state: BasisState, step: int, *, refill_key: tuple[int, int], num_rows_needed: int = 1
+    state: BasisState,
+    step: int,
+    *,
+    refill_key: tuple[int, int],
+    num_rows_needed: int = 1,
+    num_cold_steps: int = 2,
+    ordered: bool = False,
 ) -> BasisState:
     """Return the state after optimizer step `step`: a new basis if enough rows were sketched.
 
     num_rows_needed: `minimum_rows(...)` for tokens, 1 for weights. refill_key: stream of random directions
-    for a rank-deficient sketch. Call it after every step; with too few rows it returns the same state.
+    for a rank-deficient sketch. num_cold_steps, ordered: see the module docstring. Call it after every step;
+    with too few rows it returns the same state.
 
     A zero or non-finite sketch keeps v and the phase and counts in num_kept. The accumulator is zero
     afterwards in either case.
     """
     if state.row_count < max(1, num_rows_needed):
         return state
-    v = _next_basis(state, NoisePosition(step, 0), refill_key)
+    becomes_warm = state.phase == "warm" or state.num_refreshes + 1 >= num_cold_steps
+    v = _next_basis(state, NoisePosition(step, 0), refill_key, becomes_warm)
     cleared = replace(state, z=torch.zeros_like(state.z), gram=torch.zeros_like(state.gram), row_count=0)
     if v is None:
         return replace(cleared, num_kept=state.num_kept + 1)
+    energies = torch.zeros_like(state.energies)
+    if ordered:
+        z = state.z[:, : state.num_sketch_columns]
+        v = order_by_energy(v, z)
+        values = torch.linalg.svdvals(v.T @ z)
+        energies[: values.numel()] = values
     new_v = torch.zeros_like(state.v)
     new_v[:, : v.shape[1]] = v.to(torch.bfloat16)
-    phase: Literal["cold", "warm"] = "cold" if state.phase == "empty" else "warm"
-    return replace(cleared, phase=phase, v=new_v, last_refresh_step=step)
+    return replace(
+        cleared,
+        phase="warm" if becomes_warm else "cold",
+        v=new_v,
+        energies=energies,
+        last_refresh_step=step,
+        num_refreshes=state.num_refreshes + 1,
+    )
 
 
-def _next_basis(state: BasisState, position: NoisePosition, refill_key: tuple[int, int]) -> Tensor | None:
+def _next_basis(
+    state: BasisState, position: NoisePosition, refill_key: tuple[int, int], becomes_warm: bool
+) -> Tensor | None:
     """The orthonormal float64 columns that the accumulated sketch makes, or None to keep the old ones."""
     if not bool(torch.isfinite(state.gram).all()):
         return None
-    columns = state.num_sketch_columns
-    z = state.z[:, :columns]
-    if state.phase == "cold":
-        columns = state.rank
+    columns = state.rank if becomes_warm else state.num_sketch_columns
+    z = state.z[:, : state.num_sketch_columns]
+    if state.phase == "cold" and becomes_warm:
         z = z @ _ritz_rotation(state.gram, columns)
+    if state.phase == "empty" and becomes_warm:
+        # Gaussian directions have no order to keep: the strongest columns of what they span are wanted.
+        wide = orthonormalize(z, refill_key=refill_key, num_columns=z.shape[1], position=position).v
+        return None if wide is None else order_by_energy(wide, z)[:, :columns]
     v = orthonormalize(z, refill_key=refill_key, num_columns=columns, position=position).v
-    if v is None or state.phase != "empty":
-        return v
-    return order_by_energy(v, z)
+    return v if v is None or state.phase != "empty" else order_by_energy(v, z)
 
 
 def _ritz_rotation(gram_qq: Tensor, rank: int) -> Tensor:
@@ -275,10 +306,24 @@ def _ritz_rotation(gram_qq: Tensor, rank: int) -> Tensor:
     return with_fixed_signs(eigenvectors.flip(1)[:, :rank][:, keep])
 
 
+def largest_principal_angle(before: BasisState, after: BasisState) -> float | None:
+    """Return the largest angle between the spans of two bases in use, in degrees; None unless both exist.
+
+    arcsin ||(I - V V^T) V'||_2 of the bf16 bases orthonormalised, so that their rounding does not show.
+    """
+    old, new = active_basis(before), active_basis(after)
+    if old is None or new is None or after.last_refresh_step == before.last_refresh_step:
+        return None
+    q_old, q_new = (torch.linalg.qr(v.to(torch.float64))[0] for v in (old, new))
+    sine = torch.linalg.matrix_norm(q_new - q_old @ (q_old.T @ q_new), ord=2)
+    return math.degrees(math.asin(min(1.0, float(sine))))
+
+
 def state_tensors(state: BasisState) -> dict[str, Tensor]:
     """Return the state as tensors for a checkpoint; in v and z the feature axis comes first.
 
-    counters: [5] int64 = phase (0 empty, 1 cold, 2 warm), rank, row_count, last_refresh_step, num_kept.
+    counters: [6] int64 = phase (0 empty, 1 cold, 2 warm), rank, row_count, last_refresh_step, num_kept,
+    num_refreshes.
     """
     counters = [
         _PHASES.index(state.phase),
@@ -286,25 +331,29 @@ def state_tensors(state: BasisState) -> dict[str, Tensor]:
         state.row_count,
         state.last_refresh_step,
         state.num_kept,
+        state.num_refreshes,
     ]
     return {
         "v": state.v,
         "z": state.z,
         "gram": state.gram,
+        "energies": state.energies,
         "counters": torch.tensor(counters, dtype=torch.int64),
     }
 
 
 def state_from_tensors(tensors: dict[str, Tensor]) -> BasisState:
     """Return the state that `state_tensors` wrote."""
-    phase, rank, row_count, last_refresh_step, num_kept = (int(c) for c in tensors["counters"])
+    phase, rank, row_count, last_refresh_step, num_kept, num_refreshes = (int(c) for c in tensors["counters"])
     return BasisState(
         phase=_PHASES[phase],
         rank=rank,
         v=tensors["v"],
         z=tensors["z"],
         gram=tensors["gram"],
+        energies=tensors["energies"],
         row_count=row_count,
         last_refresh_step=last_refresh_step,
         num_kept=num_kept,
+        num_refreshes=num_refreshes,
     )

@@ -71,3 +71,23 @@ def token_axis(sequence: int, batch: int, *, cp_rank: int = 0, cp_size: int = 1,
     chunk = rows // 2
     runs = ((cp_rank * chunk, chunk), ((2 * cp_size - 1 - cp_rank) * chunk, chunk))
     return Axis(size=rows * cp_size, runs=runs, parts=2, shard=cp_rank, num_shards=cp_size, group=group)
+
+
+@lru_cache(maxsize=64)
+def sequence_shard_axis(
+    tokens: Axis, *, tp_rank: int, tp_size: int, shard: int, num_shards: int, group: Any
+) -> Axis:
+    """Return the axis of the tokens that one rank holds under sequence parallelism.
+
+    tokens: what the tensor-parallel ranks hold together (`token_axis`); each holds a contiguous tp_size-th of
+    it. shard, num_shards, group: this rank among all that hold tokens of the microbatch (tensor and context
+    parallel).
+    """
+    length = tokens.local_size // tp_size
+    first, runs = tp_rank * length, []
+    for start, run in tokens.runs:
+        low, high = max(first, 0), min(first + length, run)
+        if low < high:
+            runs.append((start + low, high - low))
+        first -= run
+    return Axis(size=tokens.size, runs=tuple(runs), shard=shard, num_shards=num_shards, group=group)

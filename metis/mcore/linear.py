@@ -2,9 +2,10 @@
 `_forward_impl`.
 
 Allocation, biases, reductions of the output and checkpoint keys stay the engine's. What is ours lives in
-`core` (`metis.nn.LinearCore`, shared with the one-rank `MetisLinear`): the six cells and the bases.
-Sequence-parallel inputs are gathered in the compute dtype before they are encoded, so every rank encodes the
-same matrix.
+`core` (`metis.nn.LinearCore`, shared with the one-rank `MetisLinear`): the six cells and the bases. Under
+sequence parallelism the input of a column-parallel linear and the output gradient of a row-parallel one are
+split and quantised on the shard and gathered as codes, with the same bits as if the matrix had been gathered
+first (which is what happens where blocks along tokens would cross ranks, and for reparametrised linears).
 
 Reparametrised linears hold u [N, r], s [r], v [K, r] beside `weight` (the residual). Column-parallel: u
 sharded with the outputs; row-parallel: v sharded with the inputs; the other factor and s are replicated and
@@ -39,8 +40,8 @@ from torch import Tensor
 from metis.clock import TrainingClock
 from metis.config import Recipe
 from metis.gemm import GemmBackend
-from metis.mcore.axes import qkv_axis, sharded_axis, token_axis
-from metis.nn import LinearCore, OperandBasis
+from metis.mcore.axes import qkv_axis, sequence_shard_axis, sharded_axis, token_axis
+from metis.nn import LinearCore, OperandBasis, SequenceShard
 from metis.operand import Axis
 from metis.reparametrised import FactorPath, split_by_svd
 
@@ -97,16 +98,45 @@ class _RecipeLinear(torch.nn.Module):
         self.v.copy_(cols.local_rows(v))
         self.weight.copy_(cols.local_rows(rows.local_rows(residual).t().contiguous()).t())
 
-    def _compute(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return hidden w^T + bias for hidden [s, b, K]."""
+    def _compute(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, sequence: SequenceShard | None = None
+    ) -> Tensor:
+        """Return hidden w^T + bias for hidden [s, b, K]; `sequence` as in `LinearCore.forward`."""
         s, b = hidden.shape[0], hidden.shape[1]
-        x = hidden.reshape(s * b, hidden.shape[-1])
-        y = self.core(x, weight, self._tokens(s, b))
+        if sequence is not None and sequence.operand == "input":
+            s *= get_pg_size(self.tp_group)
+        x = hidden.reshape(-1, hidden.shape[-1])
+        y = self.core(x, weight, self._tokens(s, b), sequence)
         if self.is_reparametrized:
             y = y + self.factors(x, self.u, self.s, self.v)
         if bias is not None:
             y = y + bias
-        return y.view(s, b, -1)
+        return y.view(-1, b, y.shape[-1])
+
+    def _sequence_shard(self, operand: str, sequence: int, batch: int) -> SequenceShard | None:
+        """Return how `sequence` positions lie over the tensor-parallel ranks, None where they must be
+        gathered before they are encoded: blocks along tokens would cross ranks, or factors read the whole
+        input.
+        """
+        group, tp_size = self.tp_group, get_pg_size(self.tp_group)
+        tokens = self._tokens(sequence, batch)
+        everyone, shard, num_shards = group, get_pg_rank(group), tp_size
+        if tokens.is_sharded:
+            everyone = parallel_state.get_tensor_and_context_parallel_group()
+            shard, num_shards = get_pg_rank(everyone), get_pg_size(everyone)
+        axis = sequence_shard_axis(
+            tokens,
+            tp_rank=get_pg_rank(group),
+            tp_size=tp_size,
+            shard=shard,
+            num_shards=num_shards,
+            group=everyone,
+        )
+        multiple = self.recipe.axis_multiple("tokens")
+        if self.is_reparametrized or any(length % multiple for _, length in axis.runs):
+            return None
+        gather = sharded_axis(tokens.local_size, shard=get_pg_rank(group), num_shards=tp_size, group=group)
+        return SequenceShard(operand=operand, tokens=axis, gather=gather)
 
     @staticmethod
     def _tokens(sequence: int, batch: int) -> Axis:
@@ -149,6 +179,12 @@ class _RecipeLinear(torch.nn.Module):
             assert isinstance(basis, OperandBasis)
             for name, value in basis.tensors().items():
                 key = f"{prefix}core.bases.{operand}.{name}"
+                if basis.config.tp_mode == "local" and get_pg_size(self.tp_group) > 1:
+                    # Every rank's own basis: stacked along a leading axis of ranks.
+                    sharded[key] = make_tp_sharded_tensor_for_checkpoint(
+                        value[None], key + suffix, 0, **groups
+                    )
+                    continue
                 axis = basis.features if name in ("v", "z") else None
                 sharded[key] = _sharded(value, key + suffix, axis, groups, as_view=True)
         return sharded
@@ -213,6 +249,10 @@ class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
         **_unused: Any,
     ) -> Tensor:
         if sequence_parallel:
+            s, b = input.shape[0] * get_pg_size(tp_group), input.shape[1]
+            sequence = self._sequence_shard("input", s, b)
+            if sequence is not None:
+                return self._compute(input, weight, bias, sequence)
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
@@ -247,6 +287,20 @@ class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
             group=self.tp_group,
         )
         self._set_up(recipe, layer, clock, backend, (in_features, Axis.whole(output_size)))
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (output, bias) as the engine's class does; the reduce-scatter of sequence parallelism is
+        part of the product when the output's gradient is encoded before it is gathered.
+        """
+        sequence = None
+        if self.sequence_parallel and self.input_is_parallel:
+            sequence = self._sequence_shard("grad_output", input_.shape[0], input_.shape[1])
+        if sequence is None:
+            return super().forward(input_)
+        output = self._compute(input_, self.weight, None, sequence)
+        if self.bias is not None and not self.skip_bias_add:
+            return output + self.bias, None
+        return output, self.bias
 
     def _forward_impl(  # type: ignore[override]
         self, input: Tensor, weight: Tensor, bias: Tensor | None, **_unused: Any

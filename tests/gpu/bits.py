@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metis.config import QuantizerConfig, SplitConfig
+from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose import basis as algebra
 from metis.gemm import EmulatedGemm
 from metis.operand import Axis, NoiseStream, coefficients, encode, split_matrix
@@ -201,24 +201,24 @@ def check_split(ledger: Ledger, device: str, label: str, x: Tensor, v: Tensor) -
     for mode, config, transposed in (
         ("fprop, rne", QuantizerConfig(), False),
         ("dgrad, sr", QuantizerConfig(rounding="stochastic"), False),
-        ("wgrad, rht sr", QuantizerConfig(rounding="stochastic", rht=True), True),
+        ("wgrad, rht sr", QuantizerConfig(rounding="stochastic", rht=RhtConfig()), True),
         ("weight tiles", QuantizerConfig(block_shape=(16, 16)), False),
     ):
         axes = (features, tokens) if transposed else (tokens, features)
         encoded = [
             encode(r.t() if transposed else r, config, *axes, amax_scope="global", noise=noise,
-                   tokens_are_cols=transposed)
+                   noise_is_transposed=transposed)
             for r in (there.residual, here.residual)
         ]  # fmt: skip
-        for part, value in _parts(encoded[1]).items():
-            ledger.same(f"{part} of R, {label}, {mode}", _parts(encoded[0])[part], value)
+        for part, value in _parts(encoded[1].terms[0]).items():
+            ledger.same(f"{part} of R, {label}, {mode}", _parts(encoded[0].terms[0])[part], value)
 
 
 def measure_gemm(ledger: Ledger, device: str, size: int) -> None:
     """Error of the emulated GEMM against the float64 product of the same decoded operands."""
     a, b = (quantize(_spiked(size, 2 * size, 1.0, s).to(device), block_shape=(1, 16)) for s in (1, 2))
     result = EmulatedGemm().multiply(a, b, torch.float32).double()
-    exact = a.operand(torch.float64) @ b.operand(torch.float64).t() * gemm_alpha(a.amax, b.amax).double()
+    exact = a.operand(torch.float64) @ b.operand(torch.float64).t() * gemm_alpha(a, b).double()
     error = float((result - exact).norm() / exact.norm())
     ledger.measured["emulated GEMM, error against float64"] = error
     ledger.expect("emulated GEMM", error < GEMM_TOLERANCE, f"relative error {error:.2e}")

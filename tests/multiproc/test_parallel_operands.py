@@ -16,11 +16,10 @@ import torch.distributed as dist
 
 from metis.clock import TrainingClock
 from metis.config import CELL_NAMES, CellConfig, Recipe
-from metis.functional import LinearPlan
+from metis.functional import LinearPlan, is_transposed
 from metis.mcore.axes import qkv_axis, sharded_axis
 from metis.nn import LinearCore, advance_bases
-from metis.operand import Axis
-from metis.quantize import QuantizedTensor
+from metis.operand import Axis, EncodedMatrix
 from metis.recipes import RECIPES, with_overrides
 from metis.rng import NoisePosition, gaussian, stream_key
 from tests._distributed import run_ranks
@@ -102,12 +101,11 @@ def _one_cell(plan: LinearPlan, cell_name: str, dtype: torch.dtype) -> tuple[tor
         "grad_output": (tokens, features_out),
     }[operand]
     local = _local(_full(operand, rows.size, cols.size, dtype), rows, cols)
-    residual = plan.split(local, cell_name, rows, cols, None).residual
-    along_rows = cell_name in ("dgrad_weight", "wgrad_grad_output", "wgrad_input")
-    if along_rows:
-        residual, rows, cols = residual.t(), cols, rows
-    encoded = plan.encode(residual, cell_name, rows, cols, cell_name.startswith("wgrad"), None)
-    assert isinstance(encoded, QuantizedTensor)
+    if is_transposed(cell_name):
+        rows, cols = cols, rows
+    encoded = plan.open(local, cell_name, None).encode_here()
+    assert isinstance(encoded, EncodedMatrix)
+    (encoded,) = encoded.terms
     scales = encoded.block_scale_bytes()
     tile = encoded.block_shape[0]
     per_element = scales.repeat_interleave(tile, 0).repeat_interleave(16, 1)
@@ -198,4 +196,4 @@ def test_cells_without_quantizer_are_not_encoded() -> None:
         out_features=Axis.whole(16),
     )
     x = torch.ones(16, 32)
-    assert plan.encode(x, "fprop_input", plan.tokens, plan.in_features, False, None) is x
+    assert plan.open(x, "fprop_input", None).factors() == (x,)

@@ -25,7 +25,7 @@ from metis.operand import Axis
 from metis.recipes import BF16, METIS, METIS_PAPER, NVFP4, NVFP4_DIRECT, RECIPES
 from tests.numerics._assertions import assert_bitwise_equal
 
-TOKENS, IN, OUT = 128, 64, 32
+TOKENS, IN, OUT = 128, 128, 128
 EVERY_RECIPE = pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 BF16_ULP = 2.0**-8  # of entries in [0.5, 1); measured 0
 BASIS_QUALITY = 1.1  # residual over the optimal one; worst measured 1.03
@@ -401,11 +401,12 @@ def test_advance_bases_serves_many_layers_of_one_clock():
 
 @EVERY_RECIPE
 def test_the_smallest_layer_and_bf16_inputs_stay_finite(recipe: Recipe):
-    """K = N = 16: rank and sketch are cut to the axis."""
-    layer = MetisLinear(16, 16, recipe=recipe, dtype=torch.bfloat16)
+    """One block, K = N = 16 unless blocks are larger: rank and sketch are cut to the axis."""
+    size = max(16, *(recipe.axis_multiple(axis) for axis in ("tokens", "in_features", "out_features")))
+    layer = MetisLinear(size, size, recipe=recipe, dtype=torch.bfloat16)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        x = torch.randn(16, 16, generator=generator).bfloat16().requires_grad_()
+        x = torch.randn(size, size, generator=generator).bfloat16().requires_grad_()
         y = layer(x)
         assert y.dtype == torch.bfloat16
         y.square().sum().backward()
@@ -423,7 +424,10 @@ def test_one_token_generates_and_is_refused_in_training_where_wgrad_is_quantised
     if recipe.wgrad_input.quantizer is None:
         layer(x).backward(g)
     else:
-        with pytest.raises(ShapeError, match="tokens per microbatch and rank must be a multiple of 16"):
+        multiple = recipe.axis_multiple("tokens")
+        with pytest.raises(
+            ShapeError, match=f"tokens per microbatch and rank must be a multiple of {multiple} "
+        ):
             layer(x)
 
 

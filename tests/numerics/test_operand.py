@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metis.config import QuantizerConfig, RankConfig, SplitConfig
+from metis.config import QuantizerConfig, RankConfig, RhtConfig, SplitConfig
 from metis.diagnostics import relative_error, tail_error
 from metis.errors import ConfigError
 from metis.operand import Axis, NoiseStream, coefficients, encode, split_matrix
@@ -107,7 +107,9 @@ def test_head_formats_lose_what_the_published_definitions_lose(variant: str, rel
 def test_rotation_comes_before_the_tensor_amax():
     x = _randn(32, 48, dtype=torch.float32)
     x[3, 7] = 1000.0
-    encoded = encode(x, QuantizerConfig(rht=True), Axis.whole(32), Axis.whole(48), amax_scope="global")
+    (encoded,) = encode(
+        x, QuantizerConfig(rht=RhtConfig()), Axis.whole(32), Axis.whole(48), amax_scope="global"
+    ).terms
     expected = quantize(random_hadamard_16(x), block_shape=(1, 16))
     assert_bitwise_equal(encoded.values, expected.values, "values")
     assert_bitwise_equal(encoded.amax, expected.amax, "amax")
@@ -122,8 +124,10 @@ def test_random_bits_are_looked_up_by_token_and_feature_in_both_orientations():
     noise = NoiseStream(seed=9, layer="l", operand="o", position=POSITION)
     rows, cols = torch.arange(64, 96), torch.cat([torch.arange(96, 112), torch.arange(288, 304)])
     words = random_words(stream_key(9, "l", "o"), POSITION, rows, cols)
-    plain = encode(x, quantizer, tokens, features, amax_scope="te", noise=noise)
-    turned = encode(x.t(), quantizer, features, tokens, amax_scope="te", noise=noise, tokens_are_cols=True)
+    (plain,) = encode(x, quantizer, tokens, features, amax_scope="te", noise=noise).terms
+    (turned,) = encode(
+        x.t(), quantizer, features, tokens, amax_scope="te", noise=noise, noise_is_transposed=True
+    ).terms
     for name, encoded, matrix, bits in (("plain", plain, x, words), ("turned", turned, x.t(), words.t())):
         expected = quantize(matrix, block_shape=(1, 16), rounding="stochastic", noise_words=bits)
         assert_bitwise_equal(encoded.values, expected.values, name)
@@ -164,7 +168,7 @@ def test_a_shard_has_the_codes_of_the_whole_matrix_under_the_global_amax(
     x[0, 0] = 1e3
     quantizer = QuantizerConfig(rounding="stochastic")
     noise = NoiseStream(seed=1, layer="l", operand="o", position=POSITION)
-    whole = encode(x, quantizer, Axis.whole(64), Axis.whole(64), amax_scope="global", noise=noise)
+    (whole,) = encode(x, quantizer, Axis.whole(64), Axis.whole(64), amax_scope="global", noise=noise).terms
     team = Team(2)
 
     def work(shard: int) -> list[tuple[Tensor, Tensor]]:
@@ -173,7 +177,7 @@ def test_a_shard_has_the_codes_of_the_whole_matrix_under_the_global_amax(
         rows, cols = (half, Axis.whole(64)) if sharded == "rows" else (Axis.whole(64), half)
         piece = x[here] if sharded == "rows" else x[:, here]
         encoded = [encode(piece, quantizer, rows, cols, amax_scope=s, noise=noise) for s in ("global", "te")]
-        return [(e.values, e.block_scale) for e in encoded]
+        return [(e.terms[0].values, e.terms[0].block_scale) for e in encoded]
 
     for shard, ((values, scales), (_, te_scales)) in enumerate(team.run(work)):
         if sharded == "rows":
