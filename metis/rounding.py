@@ -1,4 +1,4 @@
-"""Rounding onto the E2M1 and E4M3 grids, elementwise and without any scale.
+"""Rounding onto the E2M1, E4M3 and E5M2 grids, elementwise and without any scale.
 
 One idea: on E2M1 the spacing of the grid is half of the value's power of two, held at 0.5 below 1 (`step =
 max(2^floor(log2 |y|), 1) / 2`). Dividing by it is exact, so nearest rounding is one `round` (ties to even,
@@ -12,7 +12,9 @@ Traps:
   negative value that rounds to zero becomes -0.0 (code 8). The value's own sign bit carries that.
 * NaN: nearest rounding gives code 0 (as Transformer Engine's reference, where no comparison matches),
   stochastic rounding +6 (as its software path). FP4 cannot carry a NaN; the block scale does.
-* `torch`'s cast to E4M3 does not saturate: above 464 it gives NaN. Callers clamp to 448 first.
+* `torch`'s casts to FP8 do not saturate: above the largest number they give NaN (E4M3) or infinity (E5M2).
+  `round_to_fp8` clamps first; callers of `round_to_e4m3` do it themselves.
+* FP8 elements keep the sign of -0.0 and can be NaN, unlike E2M1.
 
 Shape letters: R, C any matrix; every function takes any shape.
 """
@@ -23,13 +25,23 @@ import torch
 from torch import Tensor
 
 from metis.errors import ConfigError, ShapeError
-from metis.formats import E2M1_MAGNITUDES, E2M1_MAX, E2M1_SIGN_BIT
+from metis.formats import (
+    E2M1_MAGNITUDES,
+    E2M1_MAX,
+    E2M1_SIGN_BIT,
+    E4M3_MAX,
+    E5M2_MAX,
+    FLOAT32_EXPONENT_MASK,
+    FP8_NAN_BYTE,
+)
 
 RANDOM_BIT_WIDTHS = (8, 24)
 """8: what Transformer Engine's software path and the hardware use. 24: bias below 2^-24 of a step."""
 
+FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_FP8_MAX = {"e4m3": E4M3_MAX, "e5m2": E5M2_MAX}
+
 _WORD_BITS = 32
-_FLOAT32_EXPONENT_MASK = 0x7F800000
 
 
 def round_to_e2m1_rne(y: Tensor) -> Tensor:
@@ -93,6 +105,42 @@ def round_to_e4m3(x: Tensor) -> Tensor:
     return x.to(torch.float8_e4m3fn).to(torch.float32)
 
 
+def round_up_to_e4m3(x: Tensor) -> Tensor:
+    """Return the smallest E4M3 value that is not below x, in fp32; x: fp32 in [0, 448]; NaN stays NaN.
+
+    Zero stays zero, anything else below 2^-9 gives 2^-9.
+    """
+    nearest = round_to_e4m3(x)
+    # Codes of non-negative values are in order, and x <= 448 leaves room for one more.
+    above = (nearest.to(torch.float8_e4m3fn).view(torch.uint8) + 1).view(torch.float8_e4m3fn)
+    return torch.where(nearest < x, above.to(torch.float32), nearest)
+
+
+def round_to_fp8(y: Tensor, element: str) -> Tensor:
+    """Round to the nearest FP8 value, ties to even, saturating; returns the value in fp32.
+
+    y: fp32, any shape; element: "e4m3" (max 448) or "e5m2" (max 57344). Infinity gives the largest number,
+    NaN stays NaN, -0.0 stays -0.0, subnormals are kept.
+    """
+    _require_float32(y)
+    limit = _FP8_MAX[element]
+    return y.clamp(-limit, limit).to(FP8_DTYPES[element]).to(torch.float32)
+
+
+def values_to_fp8_bytes(values: Tensor, element: str) -> Tensor:
+    """Return the FP8 bytes (uint8) of fp32 values on the grid of `element`; every NaN gives 0x7F."""
+    _require_float32(values)
+    codes = values.to(FP8_DTYPES[element]).view(torch.uint8)
+    return codes.masked_fill_(values.isnan(), FP8_NAN_BYTE)
+
+
+def fp8_bytes_to_values(codes: Tensor, element: str) -> Tensor:
+    """Return the fp32 values of FP8 bytes (uint8)."""
+    if codes.dtype != torch.uint8:
+        raise ShapeError("fp8_bytes_to_values", f"codes must be uint8, received {codes.dtype}")
+    return codes.view(FP8_DTYPES[element]).to(torch.float32)
+
+
 def values_to_codes(values: Tensor) -> Tensor:
     """Return the 4-bit codes (uint8, 0..15) of fp32 values that lie on the E2M1 grid; -0.0 is code 8."""
     _require_float32(values)
@@ -116,7 +164,7 @@ def codes_to_values(codes: Tensor) -> Tensor:
 def _grid_step(y: Tensor) -> Tensor:
     """Return the grid step at |y| <= 6 as a new fp32 tensor: 0.5 below 2, 1 below 4, 2 from there."""
     power_of_two = y.abs().clamp_(min=1.0)
-    power_of_two.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT_MASK)
+    power_of_two.view(torch.int32).bitwise_and_(FLOAT32_EXPONENT_MASK)
     return power_of_two.mul_(0.5)
 
 

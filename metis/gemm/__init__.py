@@ -19,7 +19,7 @@ __all__ = ["EmulatedGemm", "GemmBackend", "product"]
 
 
 class GemmBackend(Protocol):
-    """D = alpha * A B^T with A [M, K] and B [N, K] in NVFP4, alpha applied to the accumulator."""
+    """D = alpha * A B^T with quantised A [M, K] and B [N, K], alpha applied to the accumulator."""
 
     name: str
 

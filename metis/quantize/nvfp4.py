@@ -9,7 +9,7 @@ The order of operations is the specification (`f` is one rounding to fp32, nothi
 
     S_enc = min(f(2688 / amax), FLT_MAX), 1 if that is 0
     S_dec = f(1 / S_enc)                                    mult = f(S_enc * f(1/6))
-    block_scale = E4M3(min(f(block_amax * mult), 448))
+    block_scale = E4M3(min(f(block_amax * mult), 448))      nearest, or upwards with scale_rounding "up"
     enc = min(f(1 / f(block_scale * S_dec)), FLT_MAX)       code = E2M1(f(x * enc))
 
 Two details look simplifiable and are not: 1/6 goes into the tensor scale (`block_amax / 6 * S_enc` changes
@@ -17,7 +17,8 @@ Two details look simplifiable and are not: 1/6 goes into the tensor scale (`bloc
 
 Traps:
 * No epsilon and no lower clamp: a block below 2.2e-6 of amax gets scale zero and decodes to zero.
-* The block maximum lands in [5.65, 6.35] and is clipped whenever its scale rounded down.
+* The block maximum lands in [5.65, 6.35] and is clipped whenever its scale rounded down, which biases
+  stochastic rounding too. `scale_rounding="up"` ends that: the smallest E4M3 scale not below the exact one.
 * A NaN anywhere makes every scale NaN and every code 0 (6 under stochastic rounding): lost, and visibly so.
 * Denormals count: a process that flushes them (`torch.set_flush_denormal(True)`) leaves the specification.
 * Python-number divisors are avoided: CUDA would multiply by their reciprocal.
@@ -43,13 +44,26 @@ from metis.formats import (
     RECIPROCAL_6_F32,
     TENSOR_SCALE_TARGET,
 )
-from metis.quantize.tensor import QuantizedTensor, multiply_blocks, require_block_shape
-from metis.rounding import round_to_e2m1_rne, round_to_e2m1_stochastic, round_to_e4m3
+from metis.quantize.blocks import (
+    Rounding,
+    block_amax,
+    multiply_blocks,
+    require_amax,
+    require_block_shape,
+    require_input_dtype,
+    require_matrix,
+    require_noise,
+)
+from metis.quantize.tensor import QuantizedTensor
+from metis.rounding import (
+    round_to_e2m1_rne,
+    round_to_e2m1_stochastic,
+    round_to_e4m3,
+    round_up_to_e4m3,
+)
 
-Rounding = Literal["rne", "stochastic"]
 FourOverSixError = Literal["mae", "mse"]
-
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+E4m3Rounding = Literal["standard", "up"]
 
 
 def tensor_amax(x: Tensor) -> Tensor:
@@ -58,7 +72,7 @@ def tensor_amax(x: Tensor) -> Tensor:
     x: non-empty fp32, bf16 or fp16 of any shape. A tensor that is split over ranks needs the maximum of
     these over its shards (all-reduce MAX) before `quantize`.
     """
-    _require_dtype(x)
+    require_input_dtype(x, "tensor_amax")
     if x.numel() == 0:
         raise ShapeError("tensor_amax", f"the tensor must not be empty, received shape {tuple(x.shape)}")
     return x.abs().amax().to(torch.float32)
@@ -73,34 +87,35 @@ def quantize(
     noise_words: Tensor | None = None,
     num_random_bits: int = 24,
     four_over_six: FourOverSixError | None = None,
+    scale_rounding: E4m3Rounding = "standard",
 ) -> QuantizedTensor:
     """Quantise a matrix to NVFP4 by the formulas of this module.
 
-    x: [R, C] fp32, bf16 or fp16 (fp64 is refused: which rounding to fp32 is meant is the caller's
-    business). C, and R too for (16, 16) blocks, a multiple of 16. Any strides; a transposed view is not
-    copied first. block_shape: (1, 16) or (16, 16). rounding: of the elements only, scales are always
-    rounded to nearest. amax: fp32 0-dim, the reduced amax of a tensor of which x is a shard; default
-    `tensor_amax(x)`. noise_words: [R, C] int64 random words (`metis.rng.random_words` at global
-    coordinates), for "stochastic" only. num_random_bits: 8 or 24 bits of a word, see
-    `round_to_e2m1_stochastic`. four_over_six: try each block also with its maximum at 4 and keep the
-    smaller error, see `_four_over_six`.
+    x: [R, C] fp32, bf16 or fp16 (fp64 is refused: which rounding to fp32 is meant is the caller's business).
+    C, and R too for (16, 16) blocks, a multiple of 16. Any strides; a transposed view is not copied first.
+    block_shape: (1, 16) or (16, 16). rounding: of the elements only. amax: fp32 0-dim, the reduced amax of a
+    tensor of which x is a shard; default `tensor_amax(x)`. noise_words: [R, C] int64 random words
+    (`metis.rng.random_words` at global coordinates), for "stochastic" only. num_random_bits: 8 or 24 bits of
+    a word, see `round_to_e2m1_stochastic`. four_over_six: try each block also with its maximum at 4 and keep
+    the smaller error, see `_four_over_six`. scale_rounding: "standard", block scales to nearest; "up",
+    upwards, so that no element exceeds 6 (by more than fp32 roundings) unless its scale is cut off at 448.
 
     Raises ShapeError for shapes and dtypes, ConfigError for arguments that do not go together.
     """
     block_shape = require_block_shape(block_shape)
-    _require_matrix(x, block_shape)
-    _require_compatible(x, rounding, noise_words, four_over_six)
+    require_matrix(x, block_shape, "quantize")
+    require_noise(x, rounding, noise_words)
+    _require_compatible(rounding, four_over_six, scale_rounding)
     x = x.to(torch.float32)
-    block_amax = _block_amax(x, block_shape)
+    amaxes = block_amax(x, block_shape)
     if amax is None:
-        amax = block_amax.amax()
-    elif amax.dim() != 0 or amax.dtype != torch.float32:
-        raise ShapeError("amax", f"must be a 0-dim float32 tensor, received {tuple(amax.shape)} {amax.dtype}")
+        amax = amaxes.amax()
+    require_amax(amax)
     if four_over_six is not None:
-        return _four_over_six(x, block_amax, amax, block_shape, four_over_six)
+        return _four_over_six(x, amaxes, amax, block_shape, four_over_six)
     encode_scale, decode_scale = _tensor_scales(amax, TENSOR_SCALE_TARGET)
-    raw_scale = block_amax * (encode_scale * RECIPROCAL_6_F32)
-    block_scale = round_to_e4m3(raw_scale.clamp_(max=E4M3_MAX))
+    raw_scale = (amaxes * (encode_scale * RECIPROCAL_6_F32)).clamp_(max=E4M3_MAX)
+    block_scale = round_up_to_e4m3(raw_scale) if scale_rounding == "up" else round_to_e4m3(raw_scale)
     y = multiply_blocks(x, _block_encode_scale(block_scale, decode_scale), block_shape)
     if noise_words is None:
         values = round_to_e2m1_rne(y)
@@ -121,22 +136,8 @@ def _block_encode_scale(block_scale: Tensor, decode_scale: Tensor) -> Tensor:
     return (block_scale * decode_scale).reciprocal_().clamp_(max=FLOAT32_MAX)
 
 
-def _block_amax(x: Tensor, block_shape: tuple[int, int]) -> Tensor:
-    """Return `max |x|` per block: fp32 [R / block_rows, C / 16]."""
-    magnitude = x.abs()
-    if block_shape[0] != 1:
-        magnitude = magnitude.unflatten(0, (-1, block_shape[0])).amax(1)
-    blocks = magnitude.unflatten(1, (-1, NVFP4_BLOCK_SIZE))
-    # Halving is about twice as fast on a CPU as a reduction over an inner axis of 16.
-    width = NVFP4_BLOCK_SIZE // 2
-    while width:
-        blocks = torch.maximum(blocks[..., :width], blocks[..., width : 2 * width])
-        width //= 2
-    return blocks.squeeze(-1)
-
-
 def _four_over_six(
-    x: Tensor, block_amax: Tensor, amax: Tensor, block_shape: tuple[int, int], error: FourOverSixError
+    x: Tensor, amaxes: Tensor, amax: Tensor, block_shape: tuple[int, int], error: FourOverSixError
 ) -> QuantizedTensor:
     """Quantise with each block's maximum at 6 or at 4, whichever leaves the strictly smaller error (ties: 6).
 
@@ -146,7 +147,7 @@ def _four_over_six(
     """
     target = E2M1_MAX * FOUR_OVER_SIX_E4M3_BOUND
     encode_scale, decode_scale = _tensor_scales(amax, target)
-    base = (block_amax / torch.full_like(block_amax, E2M1_MAX)) * encode_scale
+    base = (amaxes / torch.full_like(amaxes, E2M1_MAX)) * encode_scale
     candidates = []
     for stretch in (1.0, 1.5):
         block_scale = round_to_e4m3((base * stretch).clamp_(max=E4M3_MAX))
@@ -183,42 +184,16 @@ def _block_error(difference: Tensor, block_shape: tuple[int, int], error: FourOv
     return total.squeeze(1)
 
 
-def _require_dtype(x: Tensor) -> None:
-    if x.dtype not in INPUT_DTYPES:
-        raise ShapeError(
-            "quantize",
-            f"the input must be float32, bfloat16 or float16, received {x.dtype}; round it to float32 first",
-        )
-
-
-def _require_matrix(x: Tensor, block_shape: tuple[int, int]) -> None:
-    _require_dtype(x)
-    if x.dim() != 2 or x.numel() == 0:
-        raise ShapeError(
-            "quantize", f"the input must be a non-empty matrix [R, C], received shape {tuple(x.shape)}"
-        )
-    for axis, multiple in enumerate(block_shape):
-        if x.shape[axis] % multiple:
-            raise ShapeError(
-                "quantize",
-                f"axis {axis} must be a multiple of {multiple} for blocks {block_shape}, "
-                f"received shape {tuple(x.shape)}; pad it or keep this layer in BF16",
-            )
-
-
 def _require_compatible(
-    x: Tensor, rounding: Rounding, noise_words: Tensor | None, four_over_six: FourOverSixError | None
+    rounding: Rounding, four_over_six: FourOverSixError | None, scale_rounding: E4m3Rounding
 ) -> None:
-    if rounding not in ("rne", "stochastic"):
-        raise ConfigError("rounding", f"must be 'rne' or 'stochastic', received {rounding!r}")
     if four_over_six not in (None, "mae", "mse"):
         raise ConfigError("four_over_six", f"must be None, 'mae' or 'mse', received {four_over_six!r}")
-    if rounding == "stochastic" and four_over_six is not None:
+    if scale_rounding not in ("standard", "up"):
+        raise ConfigError("scale_rounding", f"must be 'standard' or 'up', received {scale_rounding!r}")
+    if four_over_six is not None and (rounding == "stochastic" or scale_rounding == "up"):
         raise ConfigError(
-            "four_over_six", "must be None with stochastic rounding; use 'rne' for this operand"
+            "four_over_six",
+            "must be None with stochastic rounding or scales rounded up; use 'rne' and 'standard' for this "
+            "operand",
         )
-    if rounding == "stochastic" and (noise_words is None or noise_words.shape != x.shape):
-        received = "none" if noise_words is None else f"shape {tuple(noise_words.shape)}"
-        raise ShapeError("noise_words", f"must have the input's shape {tuple(x.shape)}, received {received}")
-    if rounding == "rne" and noise_words is not None:
-        raise ConfigError("noise_words", "must be None with rounding 'rne', which uses no random bits")

@@ -30,7 +30,6 @@ from metis.formats import (
     FOUR_OVER_SIX_E4M3_BOUND,
     NVFP4_BLOCK_SIZE,
     RHT_SIGN_VECTOR,
-    RHT_SIZE,
 )
 
 _F = np.float32
@@ -113,6 +112,7 @@ def reference_quantize(
     noise_words: np.ndarray | None = None,
     num_random_bits: int = 24,
     four_over_six: str | None = None,
+    scale_rounding: str = "standard",
 ) -> ReferenceQuantized:
     """Quantise an fp32 array [R, C]; arguments as `nvfp4.quantize` (noise words mean stochastic rounding)."""
     assert x.dtype == np.float32
@@ -131,7 +131,7 @@ def reference_quantize(
             if four_over_six:
                 byte, block_codes = _block_four_over_six(block, amax, encode, decode, four_over_six)
             else:
-                byte = _plain_scale_byte(block, encode)
+                byte = _plain_scale_byte(block, encode, scale_rounding)
                 block_codes = _block_codes(block, byte, decode, words, num_random_bits)
             codes[where] = block_codes
             scales[where[0].start // block_shape[0], where[1].start // NVFP4_BLOCK_SIZE] = byte
@@ -150,31 +150,36 @@ def reference_dequantize(quantized: ReferenceQuantized, block_shape: tuple[int, 
     return out
 
 
-def reference_hadamard_matrix() -> np.ndarray:
-    """Return R, float64 [16, 16]: `R[i, j] = sign[i] * (-1)^popcount(i & j) / 4`."""
+def reference_hadamard_matrix(signs: tuple[int, ...] = RHT_SIGN_VECTOR) -> np.ndarray:
+    """Return R, float64 [size, size]: `R[i, j] = sign[i] * (-1)^popcount(i & j) / sqrt(size)`."""
+    size = len(signs)
     return np.array(
         [
-            [sign * (-1) ** (i & j).bit_count() / 4 for j in range(RHT_SIZE)]
-            for i, sign in enumerate(RHT_SIGN_VECTOR)
+            [sign * (-1) ** (i & j).bit_count() / math.sqrt(size) for j in range(size)]
+            for i, sign in enumerate(signs)
         ]
     )
 
 
-def reference_hadamard_16(x: np.ndarray) -> np.ndarray:
-    """Rotate tiles of 16 along the last axis of an fp32 [R, C] array: fp32 butterflies, then bf16.
+def reference_hadamard(x: np.ndarray, signs: tuple[int, ...] = RHT_SIGN_VECTOR) -> np.ndarray:
+    """Rotate tiles of len(signs) along the last axis of an fp32 [R, C] array: fp32 butterflies, then bf16.
 
     Returns an fp32 array of bf16 values. Finite inputs only.
     """
+    size = len(signs)
+    scale = _F(1 / math.sqrt(size))
     out = np.zeros(x.shape, dtype=np.float32)
     for row in range(x.shape[0]):
-        for start in range(0, x.shape[1], RHT_SIZE):
-            tile = [_F(sign) * x[row, start + i] for i, sign in enumerate(RHT_SIGN_VECTOR)]
-            for stride in (1, 2, 4, 8):
+        for start in range(0, x.shape[1], size):
+            tile = [_F(sign) * x[row, start + i] for i, sign in enumerate(signs)]
+            stride = 1
+            while stride < size:
                 tile = [
                     tile[i] + tile[i + stride] if (i // stride) % 2 == 0 else tile[i - stride] - tile[i]
-                    for i in range(RHT_SIZE)
+                    for i in range(size)
                 ]
-            out[row, start : start + RHT_SIZE] = [reference_bf16(value * _F(0.25)) for value in tile]
+                stride *= 2
+            out[row, start : start + size] = [reference_bf16(value * scale) for value in tile]
     return out
 
 
@@ -194,11 +199,13 @@ def _blocks(x: np.ndarray, block_shape: tuple[int, int]) -> Iterator[tuple[tuple
             yield where, x[where]
 
 
-def _plain_scale_byte(block: np.ndarray, encode: np.float32) -> int:
+def _plain_scale_byte(block: np.ndarray, encode: np.float32, scale_rounding: str) -> int:
     multiplier = encode * (_F(1) / _F(6))
     raw = _F(np.max(np.abs(block))) * multiplier
-    raw = np.minimum(raw, _F(FLOAT32_MAX))
-    return reference_e4m3_byte(np.minimum(raw, _F(448)))
+    raw = np.minimum(np.minimum(raw, _F(FLOAT32_MAX)), _F(448))
+    if scale_rounding == "up" and not math.isnan(raw):
+        return next(byte for byte, value in enumerate(_E4M3_VALUES) if value >= Fraction(float(raw)))
+    return reference_e4m3_byte(raw)
 
 
 def _block_codes(

@@ -258,7 +258,7 @@ class TestEmulatedGemm:
 
     def test_alpha_multiplies_the_accumulator(self):
         accumulator = self.a.operand(torch.float32) @ self.b.operand(torch.float32).T
-        expected = accumulator * gemm_alpha(self.a.amax, self.b.amax)
+        expected = accumulator * gemm_alpha(self.a, self.b)
         assert_bitwise_equal(EmulatedGemm().multiply(self.a, self.b, torch.float32), expected, "alpha last")
         folded = (self.a.operand(torch.float32) * (self.a.amax / 2688)) @ (
             self.b.operand(torch.float32) * (self.b.amax / 2688)
