@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from metis.clock import TrainingClock
 from metis.config import Recipe
+from metis.gemm import GemmBackend
 from metis.mcore.attention import SdpaCoreAttention
 from metis.mcore.linear import MetisColumnParallelLinear, MetisRowParallelLinear
 from metis.mcore.norm import norm_class
@@ -46,17 +47,20 @@ def block_spec(
     clock: TrainingClock,
     *,
     use_transformer_engine: bool,
+    backend: GemmBackend | None,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the specs of the layers that this pipeline stage builds.
 
     recipes: recipe of every linear by global path. use_transformer_engine: norms and attention are
-    Transformer Engine's, and so are the linears of layers that are entirely bf16.
+    Transformer Engine's, and so are the linears of layers that are entirely bf16. backend: who multiplies the
+    FP4 operands of our linears; None: all linears are Transformer Engine's, and the config's FP4 switches say
+    which of them quantise.
     """
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     specs = [
-        _layer_spec(config, index, recipes, clock, use_transformer_engine)
+        _layer_spec(config, index, recipes, clock, use_transformer_engine, backend)
         for index in range(first, first + count)
     ]
     if use_transformer_engine:
@@ -72,7 +76,9 @@ def _layer_spec(
     recipes: Mapping[str, Recipe],
     clock: TrainingClock,
     use_transformer_engine: bool,
+    backend: GemmBackend | None,
 ) -> ModuleSpec:
+    assert backend is not None or use_transformer_engine
     paths = {
         name: f"decoder.layers.{index}.{name}"
         for name in (
@@ -87,7 +93,7 @@ def _layer_spec(
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        if all(recipes[path].is_high_precision for path in paths.values()):
+        if backend is None or all(recipes[path].is_high_precision for path in paths.values()):
             return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm, attention = TENorm, TEDotProductAttention
 
@@ -97,7 +103,7 @@ def _layer_spec(
         if recipe.is_high_precision:
             return (ColumnParallelLinear if is_column else RowParallelLinear), {}
         cls = MetisColumnParallelLinear if is_column else MetisRowParallelLinear
-        return cls, {"recipe": recipe, "layer": paths[name], "clock": clock}
+        return cls, {"recipe": recipe, "layer": paths[name], "clock": clock, "backend": backend}
 
     def spec(name: str) -> ModuleSpec:
         cls, params = linear(name)

@@ -27,21 +27,25 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from metis.clock import TrainingClock
 from metis.config import Recipe
 from metis.diagnostics import describe
 from metis.errors import ConfigError
+from metis.gemm import GemmBackend
 from metis.mcore.initialization import initialize_parameters
 from metis.mcore.layer_spec import block_spec
 from metis.mcore.model import LlamaModel
 from metis.mcore.state import recipe_linears
 from metis.policy import linear_paths, resolve_policy
 from metis.recipes import resolve_recipe
+from metis.training.gemm_backend import TRANSFORMER_ENGINE, edge_counts, resolve_gemm_backend
 from metis.training.outputs import print_rank_0
 
 SHARDED_DIMS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+ENGINE_LINEARS = ("TELayerNormColumnParallelLinear", "TEColumnParallelLinear", "TERowParallelLinear")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -84,8 +88,14 @@ def recipes_of(args: Namespace) -> dict[str, Recipe]:
     return {path: policy.recipe_for(path, recipe) for path in linear_paths(args.num_layers)}
 
 
-def transformer_config(args: Namespace, use_transformer_engine: bool) -> TransformerConfig:
-    """Return megatron-core's config for these arguments."""
+def transformer_config(
+    args: Namespace, use_transformer_engine: bool, bf16_edges: tuple[int, int] | None = None
+) -> TransformerConfig:
+    """Return megatron-core's config for these arguments.
+
+    bf16_edges: blocks at start and end that stay in bf16 while Transformer Engine computes all others in FP4;
+    None: FP4 is not the engine's business.
+    """
     dtype = DTYPES[args.params_dtype_name]
     fused_wgrad = (
         args.gradient_accumulation_fusion
@@ -146,7 +156,21 @@ def transformer_config(args: Namespace, use_transformer_engine: bool) -> Transfo
         recompute_method=args.recompute_method,
         recompute_num_layers=args.recompute_num_layers,
         recompute_modules=args.recompute_modules,
+        **_engine_fp4(bf16_edges),
     )
+
+
+def _engine_fp4(bf16_edges: tuple[int, int] | None) -> dict[str, Any]:
+    """Return megatron-core's own FP4 switches, for linears that are Transformer Engine's."""
+    if bf16_edges is None:
+        return {}
+    return {
+        "fp4": "e2m1",
+        "fp4_recipe": "nvfp4",
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": bf16_edges[0],
+        "num_layers_at_end_in_bf16": bf16_edges[1],
+    }
 
 
 def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> list[nn.Module]:
@@ -155,14 +179,15 @@ def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> 
     wrap: add `Float16Module` and megatron-core's data parallelism (training); without it plain modules come
     back.
     """
-    use_te = uses_transformer_engine(args)
-    config = transformer_config(args, use_te)
     recipes = recipes_of(args)
+    backend = resolve_gemm_backend(args, recipes)
+    use_te = uses_transformer_engine(args)
+    config = transformer_config(args, use_te, edge_counts(recipes) if backend is None else None)
     num_chunks = args.virtual_pipeline_model_parallel_size or 1
     chunks: list[nn.Module] = []
     for stage in range(num_chunks):
         vp_stage = stage if args.virtual_pipeline_model_parallel_size else None
-        spec = _layer_spec(args, config, recipes, clock, use_te, vp_stage)
+        spec = _layer_spec(args, config, recipes, clock, use_te, backend, vp_stage)
         chunks.append(_chunk(args, config, spec, vp_stage))
     if args.device == "cuda":
         chunks = [chunk.cuda() for chunk in chunks]
@@ -192,11 +217,14 @@ def _layer_spec(
     recipes: dict[str, Recipe],
     clock: TrainingClock,
     use_te: bool,
+    backend: GemmBackend | None,
     vp_stage: int | None,
 ) -> Any:
     if args.spec:
         return _imported_spec(args, config, vp_stage)
-    return block_spec(config, recipes, clock, use_transformer_engine=use_te, vp_stage=vp_stage)
+    return block_spec(
+        config, recipes, clock, use_transformer_engine=use_te, backend=backend, vp_stage=vp_stage
+    )
 
 
 def _imported_spec(args: Namespace, config: TransformerConfig, vp_stage: int | None) -> Any:
@@ -285,7 +313,11 @@ def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]
         by_recipe[recipe.name] = by_recipe.get(recipe.name, 0) + 1
     # Counted in the model that was built, over all stages, and compared with what the policy says.
     linears = recipe_linears(chunks)
-    counted = torch.tensor([sum(linear.recipe.is_quantized for linear in linears)], device=args.device)
+    if args.gemm_backend == TRANSFORMER_ENGINE:
+        count = _num_engine_fp4_linears(chunks)
+    else:
+        count = sum(linear.recipe.is_quantized for linear in linears)
+    counted = torch.tensor([count], device=args.device)
     dist.all_reduce(counted, group=parallel_state.get_pipeline_model_parallel_group())
     quantized, wanted = int(counted.item()), sum(recipe.is_quantized for recipe in recipes.values())
     assert args.spec or quantized == wanted, f"{quantized} quantised linears built, {wanted} asked for"
@@ -297,3 +329,15 @@ def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]
     built = {linear.layer_name for linear in linears}
     expected = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
     assert args.spec or built <= expected, sorted(built - expected)
+
+
+def _num_engine_fp4_linears(chunks: list[nn.Module]) -> int:
+    """Return how many of Transformer Engine's linears lie in blocks that the engine's FP4 context covers."""
+    count = 0
+    for block in (module for chunk in chunks for module in chunk.modules()):
+        if not isinstance(block, TransformerLayer):
+            continue
+        config, index = block.config, block.layer_number - 1
+        if config.num_layers_at_start_in_bf16 <= index < config.num_layers - config.num_layers_at_end_in_bf16:
+            count += sum(type(module).__name__ in ENGINE_LINEARS for module in block.modules())
+    return count

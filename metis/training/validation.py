@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from metis.training.accounting import linear_shards, linear_sizes
+from metis.training.gemm_backend import check_gemm_backend
 from metis.training.validation_checks import require, warn
 from metis.training.validation_layout import (
     check_batch,
@@ -33,8 +34,6 @@ from metis.training.validation_run import (
     check_schedule,
     check_training_length,
 )
-
-BLOCK = 16  # NVFP4: one block scale for 16 values along the contraction axis
 
 
 def validate_args(args: Namespace, world_size: int) -> None:
@@ -185,6 +184,7 @@ def _check_recipe(args: Namespace) -> None:
     for path, used in recipes.items():
         _check_ranks(args, path, used)
         _check_linear(args, path, used)
+    check_gemm_backend(args, recipes)
     if args.spec is not None:
         _check_spec(args, recipes)
 
@@ -211,11 +211,11 @@ def _check_ranks(args: Namespace, path: str, recipe: Any) -> None:
     """
     where = f"{path} (recipe {recipe.name})"
     in_features, out_features = linear_sizes(args)[path.split(".", 3)[3]]
-    for setting, rank in recipe.quantized_ranks(in_features, out_features):
+    for setting, rank, multiple in recipe.quantized_ranks(in_features, out_features):
         require(
-            rank % BLOCK == 0,
+            rank % multiple == 0,
             where,
-            f"must have a {setting} divisible by {BLOCK}, since NVFP4 blocks run along it, received {rank}",
+            f"must have a {setting} divisible by {multiple}, since blocks run along it, received {rank}",
         )
     if recipe.reparametrisation is not None:
         rank, most = recipe.reparametrisation.rank.columns(in_features), min(in_features, out_features)
@@ -248,20 +248,22 @@ def _check_linear(args: Namespace, path: str, recipe: Any) -> None:
     )
     tp = args.tensor_model_parallel_size
     for axis, size, options in linear_shards(args)[path.split(".", 3)[3]]:
+        multiple = recipe.axis_multiple("in_features" if axis.endswith("K") else "out_features")
         require(
-            size % BLOCK == 0,
+            size % multiple == 0,
             where,
-            f"must have {axis} per tensor parallel rank divisible by {BLOCK}, received {size} at TP={tp}; "
+            f"must have {axis} per tensor parallel rank divisible by {multiple}, received {size} at TP={tp}; "
             "change "
             f"{options} or --tensor-model-parallel-size, or keep this layer in bf16 with --policy",
         )
     cp = args.context_parallel_size
     pieces = 1 if cp == 1 else 2 * cp  # a context parallel rank holds two pieces of the sequence, apart
     tokens = args.micro_batch_size * args.seq_length // pieces
+    multiple = recipe.axis_multiple("tokens")
     require(
-        tokens % BLOCK == 0,
+        tokens % multiple == 0,
         where,
-        f"must have tokens per micro batch {'and context piece ' if cp > 1 else ''}divisible by {BLOCK}, "
+        f"must have tokens per micro batch {'and context piece ' if cp > 1 else ''}divisible by {multiple}, "
         f"received {tokens} = {args.micro_batch_size} x {args.seq_length} / {pieces}; change --seq-length or "
         "--micro-batch-size",
     )

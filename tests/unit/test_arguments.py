@@ -133,6 +133,7 @@ OUR_DEFAULTS = {
     "recipe": "bf16",
     "policy": None,
     "exact_reductions": False,
+    "gemm_backend": "auto",
     "device": "auto",
     "keep_last_checkpoints": None,
     "metrics_file": None,

@@ -61,6 +61,7 @@ TORCH_FREE = (
     "metis.training.validation_run",
     "metis.training.accounting",
     "metis.training.foreign_options",
+    "metis.training.gemm_backend",
     "metis.training.generation",
     "metis.training.run_config",
     "metis.training.retention",
