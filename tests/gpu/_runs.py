@@ -98,6 +98,13 @@ class Session:
         print(f"== {part} | {name} | {verdict} | {detail}")
 
     @property
+    def gpus(self) -> int:
+        """Number of GPUs here (1 on a CPU)."""
+        import torch
+
+        return max(1, torch.cuda.device_count())
+
+    @property
     def seconds_left(self) -> float:
         """Seconds before the time limit."""
         return self.deadline - time.time()

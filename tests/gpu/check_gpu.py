@@ -237,15 +237,68 @@ def part_billion_tp2(session: Session) -> None:
     report_training(session, "1b tp2", runs, must_learn=False)
 
 
+def part_cp2(session: Session) -> None:
+    """Two context-parallel ranks: bf16 as one rank, the others finite and learning."""
+    compare_layout(session, "cp2", {"context_parallel_size": 2})
+
+
+def part_vpp2(session: Session) -> None:
+    """Two pipeline stages of two virtual stages each."""
+    compare_layout(session, "vpp2", PP2 | {"num_virtual_stages_per_pipeline_rank": 2})
+
+
+TE = {"transformer_impl": "transformer_engine"}
+
+
+def part_te(session: Session) -> None:
+    """Transformer Engine's norm and attention around our linears: as the local layers, and bitwise resume."""
+    for recipe in RECIPES:
+        local = session.done.get(f"single-{recipe}") or session.tiny(
+            f"single-{recipe}", recipe, STEPS_COMPARED
+        )
+        name = f"te-{recipe}"
+        save = {"save": session.scratch / name, "save_interval": SAVED_AT, "deterministic_mode": None}
+        load = {"load": session.scratch / name, "ckpt_step": SAVED_AT, "deterministic_mode": None}
+        whole = session.tiny(name, recipe, STEPS_COMPARED, gpu=1 % session.gpus, **TE, **save)
+        resumed = session.tiny(f"{name}-resumed", recipe, STEPS_COMPARED, gpu=1 % session.gpus, **TE, **load)
+        session.together([whole] if local.ok else [local, whole], 120)
+        session.together([resumed], 90)
+        if not local.ok or not whole.ok:
+            session.add("te", recipe, "FAILED", f"local: {local.status}, TE: {whole.status}")
+            continue
+        losses = relative(local.values("lm_loss"), whole.values("lm_loss"))
+        good = finite(whole) and losses[0] < FIRST_LOSS[recipe] and max(losses) < SAME_LOSS[recipe]
+        detail = f"against local: first loss {losses[0]:.1e}, worst of {len(losses)} {max(losses):.1e}"
+        session.add("te", recipe, "ok" if good else "DIFFERS", detail)
+        report_resume(session, "te", f"{recipe} resume", whole, resumed, SAVED_AT)
+
+
+def part_te_tp2(session: Session) -> None:
+    """The same at TP=2 with sequence parallelism."""
+    compare_layout(session, "te-tp2", TP2 | TE)
+
+
+def part_te_billion(session: Session) -> None:
+    """Step times at 1B with Transformer Engine, and bf16 without it in the same call."""
+    runs = [
+        session.billion("1b-local-bf16", "bf16", 8),
+        *(session.billion(f"1b-te-{recipe}", recipe, 8, **TE) for recipe in RECIPES),
+    ]
+    for run in runs:
+        session.together([run], 80)
+    report_training(session, "1b te", runs, must_learn=False)
+
+
 PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
     "one": {
         "smoke": part_smoke, "bits": part_bits, "resume": part_resume, "billion": part_billion,
         "tiny": part_tiny, "resume-billion": part_resume_billion,
-        "deterministic-speed": part_deterministic_speed,
+        "deterministic-speed": part_deterministic_speed, "te": part_te, "te-billion": part_te_billion,
     },
     "two": {
         "single": part_single, "tp2": part_tp2, "resume-tp2": part_resume_tp2, "dp2": part_dp2,
-        "pp2": part_pp2, "tp2-fp32": part_tp2_fp32, "billion-tp2": part_billion_tp2,
+        "pp2": part_pp2, "cp2": part_cp2, "vpp2": part_vpp2, "tp2-fp32": part_tp2_fp32,
+        "billion-tp2": part_billion_tp2, "te": part_te, "te-tp2": part_te_tp2, "te-billion": part_te_billion,
     },
 }  # fmt: skip
 
