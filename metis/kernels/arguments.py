@@ -1,0 +1,230 @@
+"""What kernels take and give, and the checks in front of every launch.
+
+One idea: a launch receives tensors and plain 32-bit numbers only. Anything that changes from step to step
+(keys, step, microbatch, row indices) is excluded from specialisation or sits in memory, so that no training
+step compiles anything.
+
+Shape letters: R rows, C columns of the piece held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from metis.errors import ConfigError, ShapeError
+from metis.formats import RHT_SCALES_F32
+from metis.kernels.availability import reason_unavailable
+from metis.rng import NoisePosition
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RANDOM_BIT_WIDTHS = (8, 24)
+
+Runs = tuple[tuple[int, int], ...]
+
+_WORDS_PER_CALL = 4
+_MAX_INDEX = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelNoise:
+    """Which random words stochastic rounding uses: those of `metis.rng.random_words`, bit for bit.
+
+    key: two ints in [0, 2^32), `metis.rng.stream_key`. position: step and microbatch.
+    tokens, features: (first logical index, length) of each contiguous piece that the matrix holds of either
+    axis, in local order, as `Axis.runs`.
+    tokens_are_cols: the matrix is [features, tokens] instead of [tokens, features].
+    """
+
+    key: tuple[int, int]
+    position: NoisePosition
+    tokens: Runs
+    features: Runs
+    tokens_are_cols: bool = False
+
+    def __post_init__(self) -> None:
+        for axis, runs in (("tokens", self.tokens), ("features", self.features)):
+            if any(first < 0 or length < 1 or first + length > _MAX_INDEX for first, length in runs):
+                raise ShapeError(
+                    f"noise {axis}",
+                    f"runs need a first index of at least 0, a length of at least 1 and indices below "
+                    f"2^31, received {runs}",
+                )
+
+    @property
+    def features_are_aligned(self) -> bool:
+        """Whether four neighbouring features always share a Philox call, which is four times cheaper."""
+        position = 0
+        for first, length in self.features:
+            if first % _WORDS_PER_CALL or position % _WORDS_PER_CALL:
+                return False
+            position += length
+        return True
+
+    def counter_words(self) -> tuple[int, int, int, int]:
+        """Return key and counter words as the signed 32-bit ints that a launch passes."""
+        words = (*self.key, self.position.microbatch, self.position.step)
+        return tuple(word - 2**32 if word >= 2**31 else word for word in words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelOutput:
+    """What a quantising kernel wrote; None for what was not asked for.
+
+    packed: uint8 [R, C / 2], the even column in the low nibble.
+    scale_bytes: uint8 [R / block_rows, C / block_cols], E4M3 or E8M0.
+    operand: bf16 [R, C], `e2m1 * block_scale` without tensor scale, exact; in the memory order of the input,
+    so that a transposed view is neither read nor written against the grain.
+    """
+
+    packed: Tensor | None = None
+    scale_bytes: Tensor | None = None
+    operand: Tensor | None = None
+
+    def pointers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the three tensors as kernels write them: bf16 as its 16-bit integers."""
+        operand = None if self.operand is None else self.operand.view(torch.int16)
+        return self.packed, self.scale_bytes, operand
+
+    def operand_strides(self) -> tuple[int, int]:
+        """Return the operand's strides, (0, 0) without one."""
+        return (0, 0) if self.operand is None else self.operand.stride()
+
+
+@lru_cache(maxsize=512)
+def indices_of(runs: Runs, device: torch.device) -> Tensor:
+    """Return the logical index of every local position: int32 [sum of lengths]."""
+    pieces = [torch.arange(first, first + length, dtype=torch.int32, device=device) for first, length in runs]
+    return torch.cat(pieces)
+
+
+@lru_cache(maxsize=64)
+def signs_of(sign_vector: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return a rotation's signs as fp32 on a device."""
+    return torch.tensor(sign_vector, dtype=torch.float32, device=device)
+
+
+def rotation_of(sign_vector: Sequence[int] | None, device: torch.device) -> tuple[Tensor | None, int, float]:
+    """Return (signs, size, `fp32(1 / sqrt(size))`) of a rotation; (None, 0, 1.0) for none.
+
+    Raises ConfigError when the size is no `metis.formats.RHT_SIZES` or an entry is not +-1.
+    """
+    if sign_vector is None:
+        return None, 0, 1.0
+    signs = tuple(sign_vector)
+    if len(signs) not in RHT_SCALES_F32 or any(sign not in (-1, 1) for sign in signs):
+        raise ConfigError(
+            "sign_vector",
+            f"needs +1 or -1 in each of {tuple(RHT_SCALES_F32)} places, received {len(signs)} places",
+        )
+    return signs_of(signs, device), len(signs), RHT_SCALES_F32[len(signs)]
+
+
+def require_matrix(
+    where: str, x: Tensor, block_shape: tuple[int, int], sign_vector: Sequence[int] | None
+) -> None:
+    """Refuse what is not a non-empty fp32, bf16 or fp16 matrix of whole blocks and rotations, or has no
+    device.
+
+    A device has none where kernels cannot run.
+    """
+    if x.dtype not in INPUT_DTYPES:
+        raise ShapeError(where, f"the input must be float32, bfloat16 or float16, received {x.dtype}")
+    if x.dim() != 2 or x.numel() == 0:
+        raise ShapeError(where, f"the input must be a non-empty matrix [R, C], received {tuple(x.shape)}")
+    block = (block_shape[0], max(block_shape[1], len(sign_vector or ())))
+    for axis, multiple in enumerate(block):
+        if x.shape[axis] % multiple:
+            raise ShapeError(
+                where,
+                f"axis {axis} must be a multiple of {multiple} (blocks {block_shape}"
+                f"{f', rotation of {len(sign_vector)}' if sign_vector else ''}), received shape "
+                f"{tuple(x.shape)}; pad it or keep this layer in BF16",
+            )
+    require_device(where, x.device)
+
+
+def require_outputs(where: str, want_packed: bool, want_operand: bool) -> None:
+    """Refuse a launch that would write nothing."""
+    if not (want_packed or want_operand):
+        raise ConfigError(where, "must write something: want_packed, want_operand or both, received neither")
+
+
+def require_device(where: str, device: torch.device) -> None:
+    """Refuse a device without kernels, saying why."""
+    reason = reason_unavailable(device)
+    if reason is not None:
+        raise ConfigError(where, f"Triton kernels cannot run on {device}: {reason}; use metis.quantize")
+
+
+def require_amax(where: str, amax: Tensor, device: torch.device) -> None:
+    """Refuse an amax that is not an fp32 scalar beside the input (a host number would stall the GPU)."""
+    if amax.dim() != 0 or amax.dtype != torch.float32 or amax.device != device:
+        raise ShapeError(
+            where,
+            f"amax must be a 0-dim float32 tensor on {device}, received shape {tuple(amax.shape)}, "
+            f"{amax.dtype} on {amax.device}",
+        )
+
+
+def require_rounding(
+    where: str, x: Tensor, rounding: str, noise: KernelNoise | None, num_random_bits: int
+) -> None:
+    """Refuse a rounding, a noise and a number of bits that do not go together or do not fit the matrix."""
+    if rounding not in ("rne", "stochastic"):
+        raise ConfigError(f"{where} rounding", f"must be 'rne' or 'stochastic', received {rounding!r}")
+    if (rounding == "stochastic") != (noise is not None):
+        raise ConfigError(
+            f"{where} noise",
+            f"must be given with rounding 'stochastic' and with no other, received {rounding!r} and "
+            f"{'no noise' if noise is None else 'noise'}",
+        )
+    if noise is None:
+        return
+    if num_random_bits not in RANDOM_BIT_WIDTHS:
+        raise ConfigError(
+            f"{where} num_random_bits", f"must be one of {RANDOM_BIT_WIDTHS}, received {num_random_bits}"
+        )
+    tokens, features = (sum(length for _, length in runs) for runs in (noise.tokens, noise.features))
+    expected = (features, tokens) if noise.tokens_are_cols else (tokens, features)
+    if expected != tuple(x.shape):
+        raise ShapeError(
+            f"{where} noise",
+            f"its runs describe a matrix of shape {expected}, received the matrix {tuple(x.shape)}",
+        )
+
+
+def as_loadable(x: Tensor) -> Tensor:
+    """Return bf16 as its 16-bit integers, which kernels widen themselves; other dtypes as they are."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def empty_operand(x: Tensor) -> Tensor:
+    """Return an uninitialised bf16 [R, C] in the memory order of `x`."""
+    num_rows, num_cols = x.shape
+    if is_column_major(x):
+        return torch.empty(num_cols, num_rows, dtype=torch.bfloat16, device=x.device).t()
+    return torch.empty(num_rows, num_cols, dtype=torch.bfloat16, device=x.device)
+
+
+def empty_output(
+    x: Tensor, block_shape: tuple[int, int], want_packed: bool, want_operand: bool
+) -> KernelOutput:
+    """Return uninitialised outputs for a matrix."""
+    num_rows, num_cols = x.shape
+    packed = scale_bytes = None
+    if want_packed:
+        blocks = (num_rows // block_shape[0], num_cols // block_shape[1])
+        packed = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=x.device)
+        scale_bytes = torch.empty(blocks, dtype=torch.uint8, device=x.device)
+    operand = empty_operand(x) if want_operand else None
+    return KernelOutput(packed=packed, scale_bytes=scale_bytes, operand=operand)
+
+
+def is_column_major(x: Tensor) -> bool:
+    """Whether neighbouring rows of the matrix lie closer in memory than neighbouring columns."""
+    return x.stride(0) < x.stride(1)

@@ -1,0 +1,328 @@
+"""The one quantising kernel: load a tile, rotate it, find block scales, round, write what was asked for.
+
+One idea: a tile lives in registers from load to store, so every variant costs one read and one write of
+memory. Formats differ in one function from a block's amax to (byte, scale, encode scale); rounding, rotation,
+outputs and noise are compile-time switches.
+
+Traps:
+* Tile shapes follow the memory order of the input: a transposed view is read, rotated and reduced down its
+  columns, its operand written back in the same order. Packed bytes are row-major, so they alone are turned.
+* Ragged edges are whole blocks (sizes are multiples of the block), so a mask never cuts a block.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metis import formats
+from metis.kernels.arguments import (
+    KernelNoise,
+    KernelOutput,
+    as_loadable,
+    empty_output,
+    indices_of,
+    is_column_major,
+    rotation_of,
+)
+from metis.kernels.elementary import (
+    E2M1_SIGN_BIT,
+    E4M3_MAX,
+    E8M0_NAN_BYTE,
+    EXPONENT_BITS,
+    RECIPROCAL_6,
+    block_encode_scale,
+    e4m3_byte,
+    e4m3_value,
+    e8m0_value,
+    load_float32,
+    magnitude_bits,
+    random_integers,
+    rotate_tile,
+    round_to_e2m1,
+    round_to_e4m3,
+    sign_bits,
+    tensor_scales,
+)
+
+_TARGET = tl.constexpr(formats.TENSOR_SCALE_TARGET)
+_E8M0_MAX_BYTE = tl.constexpr(formats.E8M0_MAX_EXPONENT + formats.E8M0_EXPONENT_BIAS)
+NAN_CODE = tl.constexpr(formats.E2M1_MAGNITUDES.index(formats.E2M1_MAX))
+_E2M1_MAX_EXPONENT = tl.constexpr(formats.E2M1_MAX_EXPONENT)
+
+# Scale rules, as compile-time numbers.
+NVFP4_STANDARD, NVFP4_UP, MXFP4_STANDARD, MXFP4_EVEN, MXFP4_UP = range(5)
+_NVFP4_UP = tl.constexpr(NVFP4_UP)
+_MXFP4_STANDARD = tl.constexpr(MXFP4_STANDARD)
+_MXFP4_EVEN = tl.constexpr(MXFP4_EVEN)
+_MXFP4_UP = tl.constexpr(MXFP4_UP)
+
+_STEP_DEPENDENT = ("key_0", "key_1", "microbatch", "step")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program works on: a shape (powers of two) and the warps that share it."""
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile:
+    """Return the tile for a matrix: long along its contiguous axis, whole blocks and rotations along C."""
+    min_rows, min_cols = block_shape[0], max(block_shape[1], rotation_size)
+    if is_column_major(x):
+        # One warp holds whole blocks of a few neighbouring rows, so maxima and butterflies need no exchange.
+        rows = min(128, max(16, triton.next_power_of_2(x.shape[0])))
+        return Tile(rows, min_cols, max(1, rows * min_cols // 2048))
+    cols = max(min_cols, min(256, triton.next_power_of_2(x.shape[1])))
+    return Tile(max(min_rows, 4096 // cols), cols, 4)
+
+
+@triton.jit
+def load_tile(
+    x,
+    signs,
+    rotation_scale,
+    row_start,
+    col_start,
+    num_rows,
+    num_cols,
+    stride_r,
+    stride_c,
+    IS_BF16: tl.constexpr,
+    ROTATION: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Return a tile as fp32 [TILE_R, TILE_C], rotated and rounded to bf16 if ROTATION > 0; zero outside."""
+    rows = tl.arange(0, TILE_R)
+    cols = tl.arange(0, TILE_C)
+    base = x + row_start.to(tl.int64) * stride_r + col_start.to(tl.int64) * stride_c
+    mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
+    tile = load_float32(base, rows[:, None] * stride_r + cols[None, :] * stride_c, mask, IS_BF16)
+    if ROTATION > 0:
+        tile = rotate_tile(tile, signs, rotation_scale, ROTATION, TILE_R, TILE_C)
+    return tile
+
+
+@triton.jit
+def block_amax(x, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Return `max |x|` per block, fp32 [TILE_R / BLOCK_R, TILE_C / BLOCK_C]; NaN propagates."""
+    bits = tl.max(tl.reshape(magnitude_bits(x), [TILE_R, TILE_C // BLOCK_C, BLOCK_C]), axis=2)
+    if BLOCK_R > 1:
+        bits = tl.max(tl.reshape(bits, [TILE_R // BLOCK_R, BLOCK_R, TILE_C // BLOCK_C]), axis=1)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def times_blocks(
+    x, factor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr
+):
+    """Multiply a tile by one factor per block."""
+    if BLOCK_R > 1:
+        factor = tl.broadcast_to(factor[:, None, :], [TILE_R // BLOCK_R, BLOCK_R, TILE_C // BLOCK_C])
+        factor = tl.reshape(factor, [TILE_R, TILE_C // BLOCK_C])
+    product = tl.reshape(x, [TILE_R, TILE_C // BLOCK_C, BLOCK_C]) * factor[:, :, None]
+    return tl.reshape(product, [TILE_R, TILE_C])
+
+
+@triton.jit
+def nvfp4_scales(block_amax, amax, SCALE_RULE: tl.constexpr):
+    """Return (byte, scale, encode scale) of every block, in the order of `metis.quantize.nvfp4`."""
+    tensor_encode, tensor_decode = tensor_scales(amax, _TARGET)
+    raw = block_amax * (tensor_encode * RECIPROCAL_6)
+    raw = tl.minimum(raw, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    scale = round_to_e4m3(raw)
+    byte = e4m3_byte(scale)
+    if SCALE_RULE == _NVFP4_UP:
+        byte = tl.where(scale < raw, byte + 1, byte)
+        scale = e4m3_value(byte)
+    return byte, scale, block_encode_scale(scale, tensor_decode)
+
+
+@triton.jit
+def mxfp4_scales(block_amax, SCALE_RULE: tl.constexpr):
+    """Return (byte, scale, encode scale) of every block, in the order of `metis.quantize.scales`."""
+    bits = block_amax.to(tl.int32, bitcast=True)
+    finite = bits < EXPONENT_BITS
+    if SCALE_RULE == _MXFP4_STANDARD:
+        added = bits
+    elif SCALE_RULE == _MXFP4_EVEN:
+        added = tl.add(bits, 1 << 21, sanitize_overflow=False)
+    else:
+        added = tl.add(bits, (1 << 22) - 1, sanitize_overflow=False)
+    byte = tl.minimum(tl.maximum((added >> 23) - _E2M1_MAX_EXPONENT, 0), _E8M0_MAX_BYTE)
+    byte = tl.where(finite, byte, E8M0_NAN_BYTE)
+    scale = e8m0_value(byte)
+    encode = ((254 - tl.where(finite, byte, 0)) << 23).to(tl.float32, bitcast=True)
+    return byte, scale, tl.where(finite, encode, float("nan"))
+
+
+@triton.jit(do_not_specialize=_STEP_DEPENDENT)
+def _quantize_kernel(
+    x,
+    amax,
+    signs,
+    tokens,
+    features,
+    packed,
+    scale_bytes,
+    operand,
+    num_rows,
+    num_cols,
+    stride_r,
+    stride_c,
+    operand_stride_r,
+    operand_stride_c,
+    rotation_scale,
+    key_0,
+    key_1,
+    microbatch,
+    step,
+    IS_BF16: tl.constexpr,
+    SCALE_RULE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROTATION: tl.constexpr,
+    NUM_RANDOM_BITS: tl.constexpr,
+    TOKENS_ARE_COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WANT_PACKED: tl.constexpr,
+    WANT_OPERAND: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    tiles_per_row = tl.cdiv(num_cols, TILE_C)
+    row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
+    col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
+    tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
+                     IS_BF16, ROTATION, TILE_R, TILE_C)  # fmt: skip
+    maxima = block_amax(tile, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+    if SCALE_RULE >= _MXFP4_STANDARD:
+        byte, scale, encode = mxfp4_scales(maxima, SCALE_RULE)
+    else:
+        byte, scale, encode = nvfp4_scales(maxima, tl.load(amax), SCALE_RULE)
+    random = 0
+    if NUM_RANDOM_BITS > 0:
+        random = random_integers(tokens, features, row_start, col_start, num_rows, num_cols, key_0, key_1,
+                                 microbatch, step, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, TILE_R,
+                                 TILE_C)  # fmt: skip
+    y = times_blocks(tile, encode, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+    value, code = round_to_e2m1(y, random, NUM_RANDOM_BITS)
+    write_outputs(value, code, y, scale, byte, packed, scale_bytes, operand, row_start, col_start, num_rows,
+                  num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
+                  NAN_CODE if NUM_RANDOM_BITS > 0 else 0, WANT_PACKED, WANT_OPERAND, TILE_R,
+                  TILE_C)  # fmt: skip
+
+
+@triton.jit
+def write_outputs(
+    value,
+    code,
+    y,
+    scale,
+    byte,
+    packed,
+    scale_bytes,
+    operand,
+    row_start,
+    col_start,
+    num_rows,
+    num_cols,
+    operand_stride_r,
+    operand_stride_c,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CODE_OF_NAN: tl.constexpr,
+    WANT_PACKED: tl.constexpr,
+    WANT_OPERAND: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Write operand, codes and scale bytes of a tile.
+
+    value, code: magnitudes of `round_to_e2m1`; y: what was rounded, for its sign. scale, byte: per block.
+    """
+    sign = sign_bits(y)
+    if WANT_OPERAND:
+        # A NaN is NaN through its scale; the upper half of the bits is the bf16 number, exactly.
+        decoded = times_blocks(value, scale, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+        bits = (decoded.to(tl.int32, bitcast=True) | sign) >> 16
+        store_tile(operand, bits.to(tl.int16), row_start, col_start, num_rows, num_cols, operand_stride_r,
+                   operand_stride_c, TILE_R, TILE_C)  # fmt: skip
+    if WANT_PACKED:
+        # y is NaN where its block's scale is, and nowhere else.
+        code = tl.where(y == y, code | ((sign >> 28) & E2M1_SIGN_BIT), CODE_OF_NAN)
+        low, high = tl.split(tl.reshape(code, [TILE_R, TILE_C // 2, 2]))
+        store_tile(packed, (low | (high << 4)).to(tl.uint8), row_start, col_start // 2, num_rows,
+                   num_cols // 2, num_cols // 2, 1, TILE_R, TILE_C // 2)  # fmt: skip
+        store_tile(scale_bytes, byte.to(tl.uint8), row_start // BLOCK_R, col_start // BLOCK_C,
+                   num_rows // BLOCK_R, num_cols // BLOCK_C, num_cols // BLOCK_C, 1, TILE_R // BLOCK_R,
+                   TILE_C // BLOCK_C)  # fmt: skip
+
+
+@triton.jit
+def store_tile(
+    out,
+    value,
+    row_start,
+    col_start,
+    num_rows,
+    num_cols,
+    stride_r,
+    stride_c,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Write a tile [TILE_R, TILE_C] where it lies inside the matrix."""
+    rows = tl.arange(0, TILE_R)
+    cols = tl.arange(0, TILE_C)
+    base = out + row_start.to(tl.int64) * stride_r + col_start.to(tl.int64) * stride_c
+    mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
+    tl.store(base + rows[:, None] * stride_r + cols[None, :] * stride_c, value, mask=mask)
+
+
+def launch(
+    x: Tensor,
+    amax: Tensor | None,
+    *,
+    scale_rule: int,
+    block_shape: tuple[int, int],
+    sign_vector: tuple[int, ...] | None,
+    noise: KernelNoise | None,
+    num_random_bits: int,
+    want_packed: bool,
+    want_operand: bool,
+    tile: Tile | None = None,
+) -> KernelOutput:
+    """Run the kernel on checked arguments; `tile` overrides `tile_of` (for measuring)."""
+    num_rows, num_cols = x.shape
+    device = x.device
+    signs, rotation, rotation_scale = rotation_of(sign_vector, device)
+    tile = tile or tile_of(x, block_shape, rotation)
+    output = empty_output(x, block_shape, want_packed, want_operand)
+    tokens, features, words = None, None, (0, 0, 0, 0)
+    if noise is not None:
+        tokens, features = (indices_of(runs, device) for runs in (noise.tokens, noise.features))
+        words = noise.counter_words()
+    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
+    _quantize_kernel[grid](
+        as_loadable(x), amax, signs, tokens, features, *output.pointers(), num_rows, num_cols, *x.stride(),
+        *output.operand_strides(), rotation_scale, *words,
+        IS_BF16=x.dtype == torch.bfloat16, SCALE_RULE=scale_rule,
+        BLOCK_R=block_shape[0], BLOCK_C=block_shape[1], ROTATION=rotation,
+        NUM_RANDOM_BITS=0 if noise is None else num_random_bits,
+        TOKENS_ARE_COLS=noise is not None and noise.tokens_are_cols,
+        ALIGNED=noise is not None and noise.features_are_aligned,
+        WANT_PACKED=want_packed, WANT_OPERAND=want_operand,
+        TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return output

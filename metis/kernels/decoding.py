@@ -1,0 +1,161 @@
+"""Packed codes and block scales back to numbers: twins of `QuantizedTensor.operand` and `.dequantize`.
+
+One idea: as there, two decodings. `decode_operand` leaves the tensor scale out and is exact in bf16;
+`dequantize` gives the numbers themselves, with the roundings of its formula.
+
+Shape letters: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metis.errors import ConfigError, ShapeError
+from metis.formats import FORMAT_BLOCK_SHAPES, TENSOR_SCALE_TARGET, as_float32
+from metis.kernels.arguments import INPUT_DTYPES, require_amax, require_device
+from metis.kernels.blockwise import store_tile, times_blocks
+from metis.kernels.elementary import bf16_bits, e2m1_value, e4m3_value, e8m0_value
+
+_FORMATS = ("nvfp4", "mxfp4")
+_TILE_ROWS, _TILE_COLS, _NUM_WARPS = 16, 256, 4
+
+
+@triton.jit
+def _decode_kernel(
+    packed,
+    scale_bytes,
+    amax,
+    out,
+    num_rows,
+    num_cols,
+    reciprocal_target,
+    HAS_AMAX: tl.constexpr,
+    IS_BF16: tl.constexpr,
+    IS_E8M0: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    tiles_per_row = tl.cdiv(num_cols, TILE_C)
+    row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
+    col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
+    byte = load_bytes(packed, row_start, col_start // 2, num_rows, num_cols // 2, TILE_R, TILE_C // 2)
+    code = tl.reshape(tl.join(byte & 0xF, byte >> 4), [TILE_R, TILE_C])
+    scale_byte = load_bytes(scale_bytes, row_start // BLOCK_R, col_start // BLOCK_C, num_rows // BLOCK_R,
+                            num_cols // BLOCK_C, TILE_R // BLOCK_R, TILE_C // BLOCK_C)  # fmt: skip
+    if IS_E8M0:
+        factor = e8m0_value(scale_byte)
+    else:
+        factor = e4m3_value(scale_byte)
+    if HAS_AMAX:
+        factor = (factor * tl.load(amax)) * reciprocal_target
+    decoded = times_blocks(e2m1_value(code), factor, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+    if IS_BF16:
+        decoded = (bf16_bits(decoded) >> 16).to(tl.int16)
+    store_tile(out, decoded, row_start, col_start, num_rows, num_cols, num_cols, 1, TILE_R, TILE_C)
+
+
+@triton.jit
+def load_bytes(pointer, row_start, col_start, num_rows, num_cols, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Load a tile of a row-major byte matrix as int32; zero outside."""
+    rows = tl.arange(0, TILE_R)
+    cols = tl.arange(0, TILE_C)
+    mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
+    base = pointer + row_start.to(tl.int64) * num_cols + col_start
+    return tl.load(base + rows[:, None] * num_cols + cols[None, :], mask=mask, other=0).to(tl.int32)
+
+
+def decode_operand(
+    packed: Tensor,
+    scale_bytes: Tensor,
+    *,
+    block_shape: tuple[int, int] = (1, 16),
+    format: str = "nvfp4",
+) -> Tensor:
+    """Return `e2m1 * block_scale`, bf16 [R, C], exact, no tensor scale in it.
+
+    packed: uint8 [R, C / 2]; scale_bytes: uint8 [R / block_rows, C / block_cols], both row-major. format:
+    "nvfp4" (E4M3 scales) or "mxfp4" (E8M0).
+    """
+    return _launch(packed, scale_bytes, None, block_shape, format, TENSOR_SCALE_TARGET, torch.bfloat16)
+
+
+def dequantize(
+    packed: Tensor,
+    scale_bytes: Tensor,
+    amax: Tensor | None = None,
+    *,
+    block_shape: tuple[int, int] = (1, 16),
+    format: str = "nvfp4",
+    scale_target: float = TENSOR_SCALE_TARGET,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the decoded matrix [R, C] in `dtype` (fp32, bf16 or fp16).
+
+    NVFP4: `f = fp32(fp32(block_scale * amax) * fp32(1 / scale_target))`, then `fp32(e2m1 * f)`, cast.
+    MXFP4, which has no amax: `fp32(e2m1 * block_scale)`, cast. Arguments as `decode_operand`; amax: fp32
+    0-dim.
+    """
+    if (amax is None) != (format == "mxfp4"):
+        raise ConfigError("dequantize amax", "must be given for format 'nvfp4' and for no other")
+    if dtype not in INPUT_DTYPES:
+        raise ShapeError("dequantize", f"dtype must be float32, bfloat16 or float16, received {dtype}")
+    return _launch(packed, scale_bytes, amax, block_shape, format, scale_target, dtype)
+
+
+def _launch(
+    packed: Tensor,
+    scale_bytes: Tensor,
+    amax: Tensor | None,
+    block_shape: tuple[int, int],
+    format: str,
+    scale_target: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    block_shape = tuple(block_shape)
+    _require_bytes(packed, scale_bytes, block_shape, format)
+    if amax is not None:
+        require_amax("dequantize", amax, packed.device)
+    num_rows, num_cols = packed.shape[0], 2 * packed.shape[1]
+    out = torch.empty(num_rows, num_cols, dtype=dtype, device=packed.device)
+    is_bf16 = dtype == torch.bfloat16
+    grid = (triton.cdiv(num_rows, _TILE_ROWS) * triton.cdiv(num_cols, _TILE_COLS),)
+    _decode_kernel[grid](
+        packed, scale_bytes, amax, out.view(torch.int16) if is_bf16 else out, num_rows, num_cols,
+        as_float32(1 / scale_target),
+        HAS_AMAX=amax is not None, IS_BF16=is_bf16, IS_E8M0=format == "mxfp4", BLOCK_R=block_shape[0],
+        BLOCK_C=block_shape[1], TILE_R=_TILE_ROWS, TILE_C=_TILE_COLS, num_warps=_NUM_WARPS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _require_bytes(packed: Tensor, scale_bytes: Tensor, block_shape: tuple[int, int], format: str) -> None:
+    if format not in _FORMATS:
+        raise ConfigError("format", f"must be one of {_FORMATS}, received {format!r}")
+    if block_shape not in FORMAT_BLOCK_SHAPES[format]:
+        raise ShapeError(
+            "block_shape", f"must be one of {FORMAT_BLOCK_SHAPES[format]}, received {block_shape}"
+        )
+    for name, matrix in (("packed codes", packed), ("scale bytes", scale_bytes)):
+        if matrix.dtype != torch.uint8 or matrix.dim() != 2 or not matrix.is_contiguous():
+            raise ShapeError(
+                name, f"must be a row-major uint8 matrix, received {matrix.dtype} {tuple(matrix.shape)}"
+            )
+    num_rows, num_cols = packed.shape[0], 2 * packed.shape[1]
+    expected = (num_rows // block_shape[0], num_cols // block_shape[1])
+    if tuple(scale_bytes.shape) != expected or packed.numel() == 0 or num_cols % block_shape[1]:
+        raise ShapeError(
+            "scale bytes",
+            f"of a {(num_rows, num_cols)} matrix with blocks {block_shape} must have shape {expected}, "
+            f"received {tuple(scale_bytes.shape)}",
+        )
+    if scale_bytes.device != packed.device:
+        raise ShapeError(
+            "scale bytes", f"must be on {packed.device} like the codes, received {scale_bytes.device}"
+        )
+    require_device("decode", packed.device)

@@ -1,0 +1,267 @@
+"""Device functions that every kernel is made of: loading, rounding, scales, random words, rotation.
+
+One idea: nearest rounding onto a grid with spacing d is `(m + M) - M` with `M = 1.5 * 2^23 * d`: the sum's
+last place is d, and fp32 addition rounds to nearest even. d is half (E2M1) or an eighth (E4M3) of the power
+of two below m, held at the smallest normal number. The low bits of the sum count multiples of d, which is the
+code.
+
+Traps:
+* Launch with `enable_fp_fusion=False`: an FMA would skip the rounding between product and sum.
+* `/` is approximate on a GPU, `div_rn` is not. Plain minimum and maximum drop NaN; where it must survive,
+  `propagate_nan` says so. Magnitudes are compared as integers, where NaN is the largest.
+* Bf16 is loaded, rounded and stored as integers: the interpreter truncates when casting (and rounds to E4M3
+  wrongly where a carry reaches the exponent), and a GPU does the same work either way.
+* Integers that may wrap are added with `sanitize_overflow=False`, or the interpreter stops.
+
+Shape letters: R rows, C columns of a tile; B block size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from metis import formats
+
+E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
+E2M1_SIGN_BIT = tl.constexpr(formats.E2M1_SIGN_BIT)
+E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
+E4M3_MIN_NORMAL = tl.constexpr(formats.E4M3_MIN_NORMAL)
+E4M3_MIN_SUBNORMAL = tl.constexpr(formats.E4M3_MIN_SUBNORMAL)
+E4M3_NAN_BYTE = tl.constexpr(formats.E4M3_NAN_BYTE)
+E8M0_NAN_BYTE = tl.constexpr(formats.E8M0_NAN_BYTE)
+FLOAT32_MAX = tl.constexpr(formats.FLOAT32_MAX)
+RECIPROCAL_6 = tl.constexpr(formats.RECIPROCAL_6_F32)
+
+MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
+SIGN_BITS = tl.constexpr(-0x80000000)
+EXPONENT_BITS = tl.constexpr(0x7F800000)
+QUIET_NAN_BITS = tl.constexpr(0x7FC00000)
+E2M1_MAGIC = tl.constexpr(1.5 * 2.0**22)
+"""Times the power of two below m: 1.5 * 2^23 steps of half of it."""
+E4M3_MAGIC = tl.constexpr(1.5 * 2.0**20)
+"""Times the power of two below m: 1.5 * 2^23 steps of an eighth of it."""
+
+
+@triton.jit
+def load_float32(pointer, offsets, mask, IS_BF16: tl.constexpr):
+    """Load fp32, fp16 or (as int16) bf16 numbers as fp32; zero outside the mask."""
+    raw = tl.load(pointer + offsets, mask=mask, other=0)
+    if IS_BF16:
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return raw.to(tl.float32)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Return the fp32 bits of |x| as int32: ordered as the magnitudes are, NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & MAGNITUDE_BITS
+
+
+@triton.jit
+def bf16_bits(x):
+    """Round fp32 to bf16, nearest even; returns int32 whose upper half is the bf16 number."""
+    bits = x.to(tl.int32, bitcast=True)
+    odd = (bits >> 16) & 1
+    rounded = tl.add(bits, odd + 0x7FFF, sanitize_overflow=False)
+    return tl.where(x == x, rounded, QUIET_NAN_BITS) & -65536
+
+
+@triton.jit
+def exact_bf16_bits(x):
+    """Return the bits, int16, of fp32 numbers that bf16 holds exactly."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+
+
+@triton.jit
+def power_of_two_bits(x):
+    """Return the fp32 bits, int32, of the power of two at or below a positive normal x."""
+    return x.to(tl.int32, bitcast=True) & EXPONENT_BITS
+
+
+@triton.jit
+def round_to_e2m1(y, random_integer, NUM_RANDOM_BITS: tl.constexpr):
+    """Round fp32 onto E2M1: nearest even for NUM_RANDOM_BITS = 0, else stochastically.
+
+    Returns (magnitude fp32, its code 0..7 int32). Twin of `metis.rounding.round_to_e2m1_rne` and
+    `_stochastic` but for NaN, which gives 6: what comes of it is decided per block.
+
+    Stochastic: `floor(2^b |y| / step) + k` in fixed point carries into the next multiple of the step with
+    probability `floor(2^b f) / 2^b`.
+    """
+    magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
+    power = power_of_two_bits(tl.maximum(magnitude, 1.0))
+    if NUM_RANDOM_BITS == 0:
+        magic = power.to(tl.float32, bitcast=True) * E2M1_MAGIC
+        shifted = magnitude + magic
+        value = shifted - magic
+        multiple = shifted.to(tl.int32, bitcast=True) & 0xF
+    else:
+        # The exponent field 255 - e of 2 / power: exponents of power and of its inverse add up to 254.
+        inverse_step = (power ^ EXPONENT_BITS).to(tl.float32, bitcast=True)
+        fixed = (magnitude * inverse_step * (2.0**NUM_RANDOM_BITS)).to(tl.int32)
+        multiple = (fixed + random_integer) >> NUM_RANDOM_BITS
+        value = multiple.to(tl.float32) * (power.to(tl.float32, bitcast=True) * 0.5)
+    return value, multiple + ((power >> 22) - 254)  # two codes further for each doubling of the step
+
+
+@triton.jit
+def sign_bits(y):
+    """Return the sign bit of a strictly negative fp32 number, int32; 0 for -0.0."""
+    return (y + 0.0).to(tl.int32, bitcast=True) & SIGN_BITS
+
+
+@triton.jit
+def e2m1_value(code):
+    """Return the fp32 value of a code 0..15 (int32)."""
+    low = code & 7
+    value = tl.where(low < 2, low.to(tl.float32) * 0.5, ((low + 252) << 22).to(tl.float32, bitcast=True))
+    return tl.where(code >= E2M1_SIGN_BIT, -value, value)
+
+
+@triton.jit
+def round_to_e4m3(raw):
+    """Round fp32 in [0, 448] to the nearest E4M3 value, ties to even, subnormals kept; NaN stays."""
+    power = power_of_two_bits(tl.maximum(raw, E4M3_MIN_NORMAL))
+    magic = power.to(tl.float32, bitcast=True) * E4M3_MAGIC
+    return (raw + magic) - magic
+
+
+@triton.jit
+def e4m3_byte(scale):
+    """Return the byte (int32) of a non-negative E4M3 value; NaN gives 0x7F."""
+    normal = (scale.to(tl.int32, bitcast=True) >> 20) - 960  # bias 7 instead of 127, three mantissa bits
+    is_number = scale == scale
+    subnormal = (tl.where(is_number, scale, 0.0) * (1.0 / E4M3_MIN_SUBNORMAL)).to(tl.int32)
+    byte = tl.where(scale < E4M3_MIN_NORMAL, subnormal, normal)
+    return tl.where(is_number, byte, E4M3_NAN_BYTE)
+
+
+@triton.jit
+def e8m0_value(byte):
+    """Return the fp32 value 2^(byte - 127) of an E8M0 byte (int32); 0xFF gives NaN."""
+    bits = tl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal in fp32
+    return tl.where(byte == E8M0_NAN_BYTE, QUIET_NAN_BITS, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3_value(byte):
+    """Return the fp32 value of a non-negative E4M3 byte (int32)."""
+    normal = ((byte + 960) << 20).to(tl.float32, bitcast=True)
+    value = tl.where(byte < 8, byte.to(tl.float32) * E4M3_MIN_SUBNORMAL, normal)
+    return tl.where(byte == E4M3_NAN_BYTE, float("nan"), value)
+
+
+@triton.jit
+def tensor_scales(amax, TARGET: tl.constexpr):
+    """Return (S_enc, S_dec) of an fp32 scalar: `min(TARGET / amax, FLT_MAX)`, 1 for zero; its reciprocal."""
+    encode = tl.div_rn(TARGET, amax)
+    encode = tl.minimum(encode, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
+    encode = tl.where(encode == 0.0, 1.0, encode)
+    return encode, tl.div_rn(1.0, encode)
+
+
+@triton.jit
+def block_encode_scale(scale, tensor_decode):
+    """Return what a block's elements are multiplied by: `min(1 / (scale * S_dec), FLT_MAX)`."""
+    encode = tl.div_rn(1.0, scale * tensor_decode)
+    return tl.minimum(encode, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Return the four uint32 words of Philox4x32-10; counters and key uint32, shapes broadcast.
+
+    Counters that vary along one axis only stay rows and columns for the first rounds.
+    """
+    for _ in tl.static_range(10):
+        product_0 = c0.to(tl.uint64) * 0xD2511F53
+        product_1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product_1.to(tl.uint32)
+        c3 = product_0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def random_integers(
+    tokens,
+    features,
+    row_start,
+    col_start,
+    num_rows,
+    num_cols,
+    key_0,
+    key_1,
+    microbatch,
+    step,
+    NUM_RANDOM_BITS: tl.constexpr,
+    TOKENS_ARE_COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Return random integers of a tile, int32 [TILE_R, TILE_C] in [0, 2^b), of `metis.rng.random_words`.
+
+    tokens, features: int32 logical index of every local row and column (columns and rows when
+    TOKENS_ARE_COLS). ALIGNED: four neighbouring features share a call, which then gives all four words.
+    b = 24: the top bits of a word; b = 8: its lowest byte.
+    """
+    k0 = key_0.to(tl.uint32, bitcast=True)
+    k1 = key_1.to(tl.uint32, bitcast=True)
+    c2 = microbatch.to(tl.uint32, bitcast=True)
+    c3 = step.to(tl.uint32, bitcast=True)
+    if TOKENS_ARE_COLS:
+        TOKENS: tl.constexpr = TILE_C
+        FEATURES: tl.constexpr = TILE_R
+        token_start, feature_start, num_tokens, num_features = col_start, row_start, num_cols, num_rows
+    else:
+        TOKENS: tl.constexpr = TILE_R
+        FEATURES: tl.constexpr = TILE_C
+        token_start, feature_start, num_tokens, num_features = row_start, col_start, num_rows, num_cols
+    token_at = token_start + tl.arange(0, TOKENS)
+    token = tl.load(tokens + token_at, mask=token_at < num_tokens, other=0)
+    if ALIGNED:
+        feature_at = feature_start + tl.arange(0, FEATURES // 4) * 4
+        feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0)
+        block = (feature >> 2).to(tl.uint32)
+        token = token.to(tl.uint32)
+        if TOKENS_ARE_COLS:
+            w0, w1, w2, w3 = philox4x32(block[:, None], token[None, :], c2, c3, k0, k1)
+            words = tl.permute(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (0, 2, 3, 1))
+        else:
+            w0, w1, w2, w3 = philox4x32(block[None, :], token[:, None], c2, c3, k0, k1)
+            words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        word = tl.reshape(words, [TILE_R, TILE_C])
+    else:
+        feature_at = feature_start + tl.arange(0, FEATURES)
+        feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0)
+        if TOKENS_ARE_COLS:
+            feature, token = feature[:, None], token[None, :]
+        else:
+            feature, token = feature[None, :], token[:, None]
+        w0, w1, w2, w3 = philox4x32((feature >> 2).to(tl.uint32), token.to(tl.uint32), c2, c3, k0, k1)
+        place = feature & 3
+        word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
+    if NUM_RANDOM_BITS == 8:
+        return (word & 0xFF).to(tl.int32)
+    return (word >> 8).to(tl.int32)
+
+
+@triton.jit
+def rotate_tile(x, signs, scale, SIZE: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Rotate every SIZE columns of an fp32 tile: signs, butterflies of stride 1, 2, 4 ..., scale, to bf16.
+
+    Returns the bf16 numbers as fp32 [TILE_R, TILE_C]. Twin of `metis.quantize.random_hadamard`.
+    """
+    x = x * tl.load(signs + tl.arange(0, TILE_C) % SIZE)[None, :]
+    for stage in tl.static_range(7):
+        if (1 << stage) < SIZE:
+            pairs = tl.reshape(x, [TILE_R, TILE_C // (2 << stage), 2, 1 << stage])
+            first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+            pairs = tl.join(first + second, first - second)
+            x = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), [TILE_R, TILE_C])
+    return bf16_bits(x * scale).to(tl.float32, bitcast=True)

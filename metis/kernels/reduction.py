@@ -1,0 +1,77 @@
+"""The largest magnitude of a matrix, also of its rotation, in one read: twin of `metis.quantize.tensor_amax`.
+
+One idea: magnitudes are compared as integers. There NaN is the largest (so it propagates), and a maximum of
+integers does not depend on order, so one atomic per program is deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metis.kernels.arguments import as_loadable, is_column_major, require_matrix, rotation_of
+from metis.kernels.blockwise import Tile, load_tile, tile_of
+from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, magnitude_bits
+
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+_PROGRAMS_UNDER_INTERPRETER = 3
+
+
+@triton.jit
+def _amax_kernel(
+    x,
+    signs,
+    out,
+    num_rows,
+    num_cols,
+    stride_r,
+    stride_c,
+    rotation_scale,
+    num_tiles,
+    IS_BF16: tl.constexpr,
+    ROTATION: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    tiles_per_row = tl.cdiv(num_cols, TILE_C)
+    largest = tl.zeros([TILE_R, TILE_C], dtype=tl.int32)
+    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        row_start = (index // tiles_per_row) * TILE_R
+        col_start = (index % tiles_per_row) * TILE_C
+        tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r,
+                         stride_c, IS_BF16, ROTATION, TILE_R, TILE_C)  # fmt: skip
+        largest = tl.maximum(largest, magnitude_bits(tile))
+    result = tl.max(tl.max(largest, axis=1), axis=0)
+    tl.atomic_max(out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+
+
+def amax(x: Tensor, sign_vector: tuple[int, ...] | None = None, tile: Tile | None = None) -> Tensor:
+    """Return `max |x|`, or of the rotated and bf16-rounded matrix, as fp32 0-dim; NaN propagates.
+
+    x: [R, C] fp32, bf16 or fp16, any strides. sign_vector: rotate along C first, see `quantize_nvfp4`. tile:
+    for measuring; None chooses. A NaN result has the bits 0x7FC00000.
+    """
+    require_matrix("amax", x, (1, 1), sign_vector)
+    signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
+    if rotation == 0:
+        # A maximum has no order: dense memory is one long row, everything else is read along its grain.
+        x = x.t() if is_column_major(x) else x
+        x = x.reshape(1, -1) if x.is_contiguous() else x
+    if tile is None:
+        tile = Tile(1, 4096, 4) if x.shape[0] == 1 and rotation == 0 else tile_of(x, (1, 1), rotation)
+    num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
+    out = torch.zeros((), dtype=torch.int32, device=x.device)
+    _amax_kernel[(min(num_tiles, _max_programs(x.device)),)](
+        as_loadable(x), signs, out, *x.shape, *x.stride(), rotation_scale, num_tiles,
+        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, TILE_R=tile.rows, TILE_C=tile.cols,
+        num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out.view(torch.float32)
+
+
+def _max_programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _PROGRAMS_UNDER_INTERPRETER
+    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

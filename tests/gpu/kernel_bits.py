@@ -1,0 +1,538 @@
+"""Triton kernels against their torch oracles, bit by bit, and how fast they are.
+
+The oracle is `metis.quantize` on the CPU for the same tensors. On a GPU: `python tests/gpu/kernel_bits.py`.
+On a CPU the same comparisons run under Triton's interpreter at a size it can bear:
+`TRITON_INTERPRET=1 python tests/gpu/kernel_bits.py --device cpu`; tests/numerics/test_kernels.py does that.
+
+Prints one line per group, one table of times on a GPU, and ends with a JSON object; the exit status is 1 when
+anything differs. NaNs of floating-point outputs are compared as NaNs (their payloads differ between devices);
+codes and scale bytes never are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from metis import kernels
+from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
+from metis.quantize import (
+    QuantizedTensor,
+    quantize,
+    quantize_mxfp4,
+    random_hadamard,
+    seeded_sign_vector,
+    tensor_amax,
+)
+from metis.rng import NoisePosition, random_words, stream_key
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEY = stream_key(7, "decoder.layers.3.mlp.linear_fc1", "wgrad_grad_output")
+POSITION = NoisePosition(step=2**32 - 5, microbatch=3_000_000_000)
+"""Words with the top bit set: a launch passes signed numbers."""
+
+
+class Ledger:
+    """Collects what was compared and what differed, by group."""
+
+    def __init__(self, device: str, rows: int, cols: int) -> None:
+        self.device, self.rows, self.cols = device, rows, cols
+        self.counts: dict[str, int] = {}
+        self.different: dict[str, str] = {}
+        self.group = ""
+
+    def same(self, name: str, actual: Tensor, expected: Tensor) -> None:
+        """Compare bitwise, NaN equal to NaN."""
+        self.counts[self.group] = self.counts.get(self.group, 0) + 1
+        actual, expected = actual.detach().cpu(), expected.detach()
+        if actual.shape != expected.shape or actual.dtype != expected.dtype:
+            self.different[f"{self.group}: {name}"] = (
+                f"{actual.dtype} {tuple(actual.shape)} and {expected.dtype} {tuple(expected.shape)}"
+            )
+            return
+        unequal = bits_of(actual) != bits_of(expected)
+        if actual.is_floating_point():
+            unequal &= ~(actual.isnan() & expected.isnan())
+        if bool(unequal.any()):
+            first = tuple(unequal.nonzero()[0].tolist()) if unequal.dim() else ()
+            self.different[f"{self.group}: {name}"] = (
+                f"{int(unequal.sum())} of {unequal.numel()} differ, first at {list(first)}: "
+                f"{actual[first].item()!r} not {expected[first].item()!r}"
+            )
+
+    def output(self, name: str, actual: kernels.KernelOutput, expected: QuantizedTensor) -> None:
+        """Compare everything that a quantising kernel wrote."""
+        if actual.packed is not None:
+            self.same(f"codes, {name}", actual.packed, expected.packed())
+            self.same(f"scales, {name}", actual.scale_bytes, expected.block_scale_bytes())
+        if actual.operand is not None:
+            self.same(f"operand, {name}", actual.operand, expected.operand(torch.bfloat16))
+
+    def put(self, x: Tensor) -> Tensor:
+        """Copy to the device with the same strides."""
+        return x.to(self.device)
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """Return a floating-point tensor's bits as integers, others as they are."""
+    widths = {2: torch.int16, 4: torch.int32}
+    return x.contiguous().view(widths[x.element_size()]) if x.is_floating_point() else x
+
+
+def inputs(rows: int, cols: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, fp32 matrix): ordinary ones and every edge of the formats."""
+    generator = torch.Generator().manual_seed(20261122)
+    normal = torch.randn(rows, cols, generator=generator)
+    tail = normal / torch.randn(rows, cols, generator=generator).abs().clamp_(min=1e-3) ** 1.5
+    midpoints = torch.tensor((*E2M1_MIDPOINTS, 6.0)).repeat(math.ceil(rows * cols / 8))[: rows * cols]
+    with_zero_blocks = normal.clone()
+    with_zero_blocks[: rows // 2, : cols // 2] = 0.0
+    bad = {}
+    for name, value in (("nan", math.nan), ("-nan", -math.nan), ("inf", math.inf), ("-inf", -math.inf)):
+        bad[name] = normal.clone()
+        bad[name][rows // 2, cols // 3] = value
+    yield from (
+        ("gaussian", normal),
+        ("heavy tails", tail),
+        ("gradient scale", tail * 1e-7),
+        ("subnormal scales", normal * torch.logspace(-8, 0, rows)[:, None]),
+        ("denormal", normal * 1e-39),
+        ("mixed denormal", torch.where(normal > 0.5, normal, normal * 1e-40)),
+        ("huge", normal * 5e37),
+        ("huge and denormal", torch.where(normal > 1.0, normal * 5e37, normal * 1e-44)),
+        ("zero", torch.zeros(rows, cols)),
+        ("zero blocks", with_zero_blocks),
+        ("negative zero", torch.where(normal > 0, torch.tensor(-0.0), normal)),
+        ("ties", midpoints.view(rows, cols) * torch.where(normal < 0, -1.0, 1.0)),
+        ("powers of two", torch.exp2(torch.floor(normal * 3)) * torch.where(tail < 0, -1.0, 1.0)),
+        *bad.items(),
+    )
+
+
+def views(x: Tensor, cols: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the same kind of matrix in every memory order that callers have."""
+    yield "rows", x
+    yield "transposed view", x.t().contiguous().t()
+    wide = torch.full((x.shape[0], 2 * cols), 7.0, dtype=x.dtype)
+    wide[:, cols:] = x
+    yield "columns of a wider matrix", wide[:, cols:]
+
+
+def check_amax(ledger: Ledger) -> None:
+    """The largest magnitude, in every memory order."""
+    for name, x32 in inputs(ledger.rows, ledger.cols):
+        for dtype in DTYPES:
+            x = x32.to(dtype)
+            ledger.same(f"{name} {dtype}", kernels.amax(ledger.put(x)), tensor_amax(x))
+        for order, view in views(x32, ledger.cols):
+            ledger.same(f"{name} {order}", kernels.amax(ledger.put(view)), tensor_amax(view))
+    for shape in ((1, 1), (3, 5), (7, 4099)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        ledger.same(f"shape {shape}", kernels.amax(ledger.put(x)), tensor_amax(x))
+
+
+def check_nvfp4(ledger: Ledger) -> None:
+    """Round to nearest: every input, dtype and block shape."""
+    for name, x32 in inputs(ledger.rows, ledger.cols):
+        for dtype in DTYPES if name in ("gaussian", "mixed denormal") else DTYPES[:2]:
+            x = x32.to(dtype)
+            amax = tensor_amax(x)
+            for block_shape in ((1, 16), (16, 16)):
+                for scale_rounding in ("standard", "up"):
+                    ledger.output(
+                        f"{name} {dtype} {block_shape} {scale_rounding}",
+                        kernels.quantize_nvfp4(
+                            ledger.put(x), ledger.put(amax), block_shape=block_shape,
+                            scale_rounding=scale_rounding, want_packed=True,
+                        ),
+                        quantize(x, block_shape=block_shape, scale_rounding=scale_rounding),
+                    )  # fmt: skip
+
+
+def check_reduced_amax(ledger: Ledger) -> None:
+    """An amax that is not the matrix's own: larger, smaller, zero, infinite, NaN, denormal."""
+    x = next(inputs(ledger.rows, ledger.cols))[1]
+    for value in (40.0, 0.1, 0.0, math.inf, math.nan, 1e-41, 3e38):
+        amax = torch.tensor(value)
+        for block_shape in ((1, 16), (16, 16)):
+            ledger.output(
+                f"{value} {block_shape}",
+                kernels.quantize_nvfp4(
+                    ledger.put(x), ledger.put(amax), block_shape=block_shape, want_packed=True
+                ),
+                quantize(x, block_shape=block_shape, amax=amax),
+            )
+
+
+def check_four_over_six(ledger: Ledger) -> None:
+    """Block maxima at 4 or 6, both errors, on every input."""
+    for name, x32 in inputs(ledger.rows, ledger.cols):
+        for dtype, error in zip(DTYPES[:2], ("mae", "mse"), strict=True):
+            x = x32.to(dtype)
+            for block_shape in ((1, 16), (16, 16)):
+                options = {"block_shape": block_shape, "four_over_six": error}
+                ledger.output(
+                    f"{name} {dtype} {block_shape} {error}",
+                    kernels.quantize_nvfp4(
+                        ledger.put(x), ledger.put(tensor_amax(x)), want_packed=True, **options
+                    ),
+                    quantize(x, **options),
+                )
+
+
+def check_mxfp4(ledger: Ledger) -> None:
+    """Every scale rule on every input, and stochastic rounding."""
+    cols = ledger.cols // 32 * 32
+    words = random_words(KEY, POSITION, torch.arange(ledger.rows), torch.arange(cols))
+    for name, x32 in inputs(ledger.rows, cols):
+        for dtype in DTYPES[:2]:
+            x = x32.to(dtype)
+            for rule in ("standard", "even", "up"):
+                ledger.output(
+                    f"{name} {dtype} {rule}",
+                    kernels.quantize_mxfp4(ledger.put(x), scale_rounding=rule, want_packed=True),
+                    quantize_mxfp4(x, scale_rounding=rule),
+                )
+        ledger.output(
+            f"{name} stochastic",
+            kernels.quantize_mxfp4(
+                ledger.put(x), rounding="stochastic", noise=whole_noise(ledger.rows, cols), want_packed=True
+            ),
+            quantize_mxfp4(x, rounding="stochastic", noise_words=words),
+        )
+
+
+def whole_noise(tokens: int, features: int, tokens_are_cols: bool = False) -> kernels.KernelNoise:
+    """Return the noise of an unsharded matrix."""
+    return kernels.KernelNoise(
+        key=KEY, position=POSITION, tokens=((0, tokens),), features=((0, features),),
+        tokens_are_cols=tokens_are_cols,
+    )  # fmt: skip
+
+
+def check_stochastic(ledger: Ledger) -> None:
+    """Stochastic rounding with 24 and 8 bits on every input, in both block shapes."""
+    words = random_words(KEY, POSITION, torch.arange(ledger.rows), torch.arange(ledger.cols))
+    noise = whole_noise(ledger.rows, ledger.cols)
+    for name, x32 in inputs(ledger.rows, ledger.cols):
+        for dtype in DTYPES[:2]:
+            x = x32.to(dtype)
+            amax = ledger.put(tensor_amax(x))
+            for bits, block_shape in ((24, (1, 16)), (8, (1, 16)), (24, (16, 16))):
+                options = {"block_shape": block_shape, "rounding": "stochastic", "num_random_bits": bits}
+                ledger.output(
+                    f"{name} {dtype} {block_shape} {bits} bits",
+                    kernels.quantize_nvfp4(ledger.put(x), amax, noise=noise, want_packed=True, **options),
+                    quantize(x, noise_words=words, **options),
+                )
+
+
+def check_memory_orders(ledger: Ledger) -> None:
+    """Views, single outputs and ragged sizes give the bits of a dense copy; operands keep the order."""
+    for rows, cols in ((ledger.rows, ledger.cols), (16, 16), (48, 272), (208, 32)):
+        for name, x32 in list(inputs(rows, cols))[1:2]:
+            for dtype in DTYPES if cols == ledger.cols else DTYPES[1:2]:
+                for order, x in views(x32.to(dtype), cols):
+                    for block_shape in ((1, 16), (16, 16)):
+                        expected = quantize(x, block_shape=block_shape)
+                        on_device, amax = ledger.put(x), ledger.put(expected.amax)
+                        label = f"{name} {dtype} {order} {block_shape} {(rows, cols)}"
+                        options = {"block_shape": block_shape}
+                        packed = kernels.quantize_nvfp4(
+                            on_device, amax, want_packed=True, want_operand=False, **options
+                        )
+                        decoded = kernels.quantize_nvfp4(on_device, amax, **options)
+                        ledger.output(label, packed, expected)
+                        ledger.output(label, decoded, expected)
+                        strides = (1, rows) if order == "transposed view" else (cols, 1)
+                        ledger.same(
+                            f"order, {label}", torch.tensor(decoded.operand.stride()), torch.tensor(strides)
+                        )
+
+
+def check_shards(ledger: Ledger) -> None:
+    """A piece of a matrix gives the bits that the whole gives there, from its logical indices alone."""
+    rows, cols = 64, 96
+    whole = list(inputs(rows, cols))[1][1]
+    words = random_words(KEY, POSITION, torch.arange(rows), torch.arange(cols))
+    expected = quantize(whole, block_shape=(1, 16), rounding="stochastic", noise_words=words)
+    amax = ledger.put(expected.amax)
+    pieces = {
+        "context-parallel rows": (((0, 8), (40, 24)), ((0, 96),)),
+        "gate and up columns": (((0, 64),), ((16, 16), (64, 32))),
+        "both": (((3, 5), (60, 4)), ((80, 16), (32, 16))),
+    }
+    for name, (tokens, features) in pieces.items():
+        row, col = (torch.cat([torch.arange(f, f + n) for f, n in runs]) for runs in (tokens, features))
+        noise = kernels.KernelNoise(key=KEY, position=POSITION, tokens=tokens, features=features)
+        output = kernels.quantize_nvfp4(
+            ledger.put(whole[row][:, col]), amax, rounding="stochastic", noise=noise
+        )
+        ledger.same(name, output.operand, expected.operand(torch.bfloat16)[row][:, col])
+    tall = whole.t().contiguous()[:, :64]
+    for name, features in (("aligned", ((12, 8), (40, 44))), ("unaligned", ((3, 6), (41, 31)))):
+        feature = torch.cat([torch.arange(f, f + n) for f, n in features])
+        for tokens in (((0, 64),), ((32, 32), (0, 32))):
+            token = torch.cat([torch.arange(f, f + n) for f, n in tokens])
+            noise = kernels.KernelNoise(
+                key=KEY, position=POSITION, tokens=tokens, features=features, tokens_are_cols=True
+            )
+            x = tall[feature]
+            ledger.output(
+                f"transposed, {name} {tokens}",
+                kernels.quantize_nvfp4(
+                    ledger.put(x.t().contiguous()).t(), amax, rounding="stochastic", noise=noise,
+                    want_packed=True,
+                ),
+                quantize(
+                    x, block_shape=(1, 16), rounding="stochastic", amax=expected.amax,
+                    noise_words=random_words(KEY, POSITION, token, feature).t(),
+                ),
+            )  # fmt: skip
+    ledger.same(
+        "unaligned columns",
+        kernels.quantize_nvfp4(
+            ledger.put(whole[:, :32]), amax, rounding="stochastic",
+            noise=kernels.KernelNoise(
+                key=KEY, position=POSITION, tokens=((5, 64),), features=((7, 20), (50, 12))
+            ),
+        ).operand,
+        quantize(
+            whole[:, :32], block_shape=(1, 16), rounding="stochastic", amax=expected.amax,
+            noise_words=random_words(
+                KEY, POSITION, torch.arange(5, 69), torch.cat([torch.arange(7, 27), torch.arange(50, 62)])
+            ),
+        ).operand(torch.bfloat16),
+    )  # fmt: skip
+
+
+def check_rotation(ledger: Ledger) -> None:
+    """Rotation alone, its amax, and fused with quantising (nearest and stochastic), all sizes."""
+    for size in (16, 32, 64, 128):
+        signs = RHT_SIGN_VECTOR if size == 16 else seeded_sign_vector(11, size)
+        cols = 2 * max(size, 48) if size != 16 else ledger.cols
+        for name, x32 in inputs(ledger.rows, cols):
+            for dtype in DTYPES[:2] if size == 16 else DTYPES[:1]:
+                x = x32.to(dtype)
+                x = x.t().contiguous().t() if name in ("gaussian", "heavy tails") else x
+                cols_of_blocks = x.shape[1] // size * size
+                x = x[:, :cols_of_blocks]
+                rotated = random_hadamard(x, size, signs)
+                label = f"{size} points, {name} {dtype}"
+                on_device = ledger.put(x)
+                amax = kernels.amax(on_device, signs)
+                ledger.same(f"rotation, {label}", kernels.rotate(on_device, signs), rotated)
+                ledger.same(f"amax, {label}", amax, tensor_amax(rotated))
+                ledger.output(
+                    label,
+                    kernels.quantize_nvfp4(on_device, amax, sign_vector=signs, want_packed=True),
+                    quantize(rotated, block_shape=(1, 16)),
+                )
+        words = random_words(KEY, POSITION, torch.arange(x.shape[1]), torch.arange(x.shape[0])).t()
+        ledger.output(
+            f"{label} stochastic",
+            kernels.quantize_nvfp4(
+                on_device, amax, sign_vector=signs, rounding="stochastic", want_packed=True,
+                noise=whole_noise(x.shape[1], x.shape[0], tokens_are_cols=True),
+            ),
+            quantize(rotated, block_shape=(1, 16), rounding="stochastic", noise_words=words),
+        )  # fmt: skip
+    x = x32[:, :64].contiguous()
+    ledger.output(
+        "mxfp4 of the rotated matrix",
+        kernels.quantize_mxfp4(ledger.put(x), sign_vector=RHT_SIGN_VECTOR, want_packed=True),
+        quantize_mxfp4(random_hadamard(x)),
+    )
+
+
+def check_decoding(ledger: Ledger) -> None:
+    """Bytes to operands and numbers; every code under every scale byte."""
+    every = torch.arange(256, dtype=torch.uint8)
+    code = torch.arange(16, dtype=torch.uint8)
+    packed = (code | (code.flip(0) << 4)).repeat(256, 1)
+    for format, block_shape, scale_cols in (("nvfp4", (1, 16), 2), ("mxfp4", (1, 32), 1)):
+        scale_bytes = every[:, None].repeat(1, scale_cols)
+        if format == "nvfp4":
+            scale_bytes = scale_bytes % 128  # scales are not negative
+        decode_all(
+            ledger, f"every byte {format}", packed, scale_bytes, torch.tensor(3.7), block_shape, format
+        )
+    for name, x in inputs(ledger.rows, ledger.cols):
+        for block_shape in ((1, 16), (16, 16)) if name in ("heavy tails", "huge", "-nan") else ():
+            q = quantize(x, block_shape=block_shape)
+            decode_all(ledger, name, q.packed(), q.block_scale_bytes(), q.amax, block_shape, "nvfp4")
+
+
+def decode_all(
+    ledger: Ledger,
+    name: str,
+    packed: Tensor,
+    scale_bytes: Tensor,
+    amax: Tensor,
+    block_shape: tuple[int, int],
+    format: str,
+) -> None:
+    """Compare operand and decoded numbers of given bytes."""
+    expected = QuantizedTensor.from_bytes(packed, scale_bytes, amax, block_shape, format=format)
+    p, s = ledger.put(packed), ledger.put(scale_bytes)
+    options = {"block_shape": block_shape, "format": format}
+    ledger.same(
+        f"operand, {name} {block_shape}", kernels.decode_operand(p, s, **options),
+        expected.operand(torch.bfloat16),
+    )  # fmt: skip
+    for dtype in DTYPES:
+        on_device = ledger.put(amax) if format == "nvfp4" else None
+        ledger.same(
+            f"{dtype}, {name} {block_shape}",
+            kernels.dequantize(p, s, on_device, dtype=dtype, **options),
+            expected.dequantize(dtype),
+        )
+
+
+def check_controls(ledger: Ledger) -> None:
+    """The comparison sees one flipped bit of each kind; counted as a difference when it does not."""
+    trial = Ledger(ledger.device, ledger.rows, ledger.cols)
+    x = next(inputs(32, 32))[1]
+    output = kernels.quantize_nvfp4(ledger.put(x), ledger.put(tensor_amax(x)), want_packed=True)
+    output.packed[3, 3] ^= 8
+    output.scale_bytes[1, 1] ^= 1
+    output.operand.view(torch.int16)[2, 2] ^= -(2**15)
+    trial.output("flipped", output, quantize(x, block_shape=(1, 16)))
+    seen = sorted(name.split(",")[0].removeprefix(": ") for name in trial.different)
+    ledger.same("seen", torch.tensor(seen == ["codes", "operand", "scales"]), torch.tensor(True))
+
+
+GROUPS: dict[str, Callable[[Ledger], None]] = {
+    "controls": check_controls,
+    "amax": check_amax,
+    "nvfp4": check_nvfp4,
+    "reduced amax": check_reduced_amax,
+    "four over six": check_four_over_six,
+    "mxfp4": check_mxfp4,
+    "stochastic": check_stochastic,
+    "memory orders": check_memory_orders,
+    "shards": check_shards,
+    "rotation": check_rotation,
+    "decoding": check_decoding,
+}
+
+
+def timings(rows: int, cols: int) -> dict[str, dict[str, float]]:
+    """Median microseconds of every kernel on bf16 [rows, cols], its GB/s and its ratio to a copy.
+
+    GB/s counts bytes read plus written once. Inputs rotate among enough tensors to leave the L2 cache.
+    """
+    device = "cuda"
+    generator = torch.Generator(device).manual_seed(3)
+    xs = [torch.randn(rows, cols, dtype=torch.bfloat16, device=device, generator=generator) for _ in range(6)]
+    amax = kernels.amax(xs[0])
+    n = rows * cols
+    row_noise = whole_noise(rows, cols)
+    col_noise = whole_noise(rows, cols, tokens_are_cols=True)
+    signs = RHT_SIGN_VECTOR
+    sr, q = {"rounding": "stochastic"}, kernels.quantize_nvfp4
+    packs = [q(x, amax, want_packed=True, want_operand=False) for x in xs]
+    packed_only = {"want_packed": True, "want_operand": False}
+    packed_bytes = n // 2 + n // 16
+    cases: dict[str, tuple[Callable[[int], object], float]] = {
+        "copy": (lambda i: xs[i].clone(), 4 * n),
+        "amax": (lambda i: kernels.amax(xs[i]), 2 * n),
+        "amax, rht, transposed": (lambda i: kernels.amax(xs[i].t(), signs), 2 * n),
+        "1x16 rne": (lambda i: q(xs[i], amax), 4 * n),
+        "1x16 rne, transposed": (lambda i: q(xs[i].t(), amax), 4 * n),
+        "16x16 rne 4over6": (lambda i: q(xs[i], amax, block_shape=(16, 16), four_over_six="mae"), 4 * n),
+        "16x16 rne": (lambda i: q(xs[i], amax, block_shape=(16, 16)), 4 * n),
+        "1x16 sr": (lambda i: q(xs[i], amax, noise=row_noise, **sr), 4 * n),
+        "1x16 sr, 8 bits": (lambda i: q(xs[i], amax, noise=row_noise, num_random_bits=8, **sr), 4 * n),
+        "1x16 rne rht, transposed": (lambda i: q(xs[i].t(), amax, sign_vector=signs), 4 * n),
+        "1x16 sr rht, transposed": (
+            lambda i: q(xs[i].t(), amax, sign_vector=signs, noise=col_noise, **sr), 4 * n,
+        ),
+        "1x16 rne, packed": (lambda i: q(xs[i], amax, **packed_only), 2 * n + packed_bytes),
+        "1x16 rne rht, transposed, packed": (
+            lambda i: q(xs[i].t(), amax, sign_vector=signs, **packed_only), 2 * n + packed_bytes,
+        ),
+        "mxfp4 rne": (lambda i: kernels.quantize_mxfp4(xs[i]), 4 * n),
+        "rotate, transposed": (lambda i: kernels.rotate(xs[i].t(), signs), 4 * n),
+        "decode operand": (
+            lambda i: kernels.decode_operand(packs[i].packed, packs[i].scale_bytes), 2 * n + packed_bytes,
+        ),
+    }  # fmt: skip
+    results: dict[str, dict[str, float]] = {}
+    for name, (call, num_bytes) in cases.items():
+        microseconds, spread = median_microseconds(call, len(xs))
+        gigabytes = num_bytes / microseconds * 1e-3
+        copy = results.get("copy", {"us": microseconds})["us"] * num_bytes / (4 * n)
+        results[name] = {
+            "us": round(microseconds, 1), "spread_us": round(spread, 1), "GB/s": round(gigabytes),
+            "to_copy_of_its_bytes": round(microseconds / copy, 2),
+            "to_copy": round(microseconds / results.get("copy", {"us": microseconds})["us"], 2),
+        }  # fmt: skip
+    return results
+
+
+def median_microseconds(call: Callable[[int], object], num_inputs: int) -> tuple[float, float]:
+    """Return the median and the interquartile range of single calls between CUDA events."""
+    for index in range(2 * num_inputs):
+        call(index % num_inputs)
+    times = []
+    for index in range(60):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Work already queued hides the time that the host needs for a launch.
+        torch.cuda._sleep(200_000)
+        start.record()
+        call(index % num_inputs)
+        end.record()
+        end.synchronize()
+        times.append(1000.0 * start.elapsed_time(end))
+    low, median, high = statistics.quantiles(times, n=4)
+    return median, high - low
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rows", type=int, default=None, help="of the compared matrices")
+    parser.add_argument("--cols", type=int, default=None)
+    parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--no-timing", action="store_true")
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, in the interpreter
+    ledger = Ledger(args.device, args.rows or (512 if on_gpu else 32), args.cols or (1040 if on_gpu else 80))
+    for name in args.groups:
+        ledger.group, began = name, time.time()
+        ledger.counts[name] = 0
+        try:
+            GROUPS[name](ledger)
+        except Exception as error:  # one broken group must not hide the others
+            ledger.different[f"{name}: raised"] = f"{type(error).__name__}: {str(error)[-300:]}"
+        wrong = sum(key.startswith(f"{name}:") for key in ledger.different)
+        print(f"{name}: {ledger.counts[name]} checks, {wrong} different, {time.time() - began:.1f} s")
+    for name, what in list(ledger.different.items())[:40]:
+        print(f"DIFFERENT {name}: {what}")
+    times = {}
+    if on_gpu and not args.no_timing:
+        times = timings(8192, 4096)
+        print(f"{'8192x4096 bf16':36}{'us':>8}{'spread':>8}{'GB/s':>8}{'/copy':>8}{'/copy of its bytes':>20}")
+        for name, row in times.items():
+            print(f"{name:36}{row['us']:8.1f}{row['spread_us']:8.1f}{row['GB/s']:8.0f}{row['to_copy']:8.2f}"
+                  f"{row['to_copy_of_its_bytes']:20.2f}")  # fmt: skip
+    print(json.dumps({"counts": ledger.counts, "different": ledger.different, "times": times}))
+    return 1 if ledger.different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Triton kernels equal their torch oracles bit by bit, under Triton's interpreter.
+
+The comparisons are those of tests/gpu/kernel_bits.py, which runs them on real hardware too. Here they run in
+one process of their own: the interpreter must be chosen before Triton is first imported, and another test may
+have imported it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metis import kernels
+from metis.errors import ConfigError, ShapeError
+from metis.rng import NoisePosition
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "tests" / "gpu" / "kernel_bits.py"
+
+MINIMAL_CHECKS = {
+    "controls": 1,
+    "amax": 100,
+    "nvfp4": 400,
+    "reduced amax": 40,
+    "four over six": 200,
+    "mxfp4": 350,
+    "stochastic": 300,
+    "memory orders": 100,
+    "shards": 16,
+    "rotation": 400,
+    "decoding": 30,
+}
+"""Comparisons per group: fewer means that a group lost inputs."""
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def run_script(*arguments: str) -> dict[str, Any]:
+    """Run the comparisons under the interpreter; returns the JSON object of the last line."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", *arguments],
+        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=3600,
+    )  # fmt: skip
+    assert result.stdout.strip(), result.stderr[-2000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return run_script()
+
+
+@pytest.mark.parametrize("group", MINIMAL_CHECKS)
+def test_kernels_equal_their_oracles_bitwise(report: dict[str, Any], group: str):
+    different = {name: what for name, what in report["different"].items() if name.startswith(f"{group}:")}
+    assert not different
+    assert report["counts"][group] >= MINIMAL_CHECKS[group]
+
+
+@pytest.mark.long
+def test_kernels_equal_their_oracles_bitwise_on_larger_matrices():
+    report = run_script("--rows", "272", "--cols", "784")
+    assert not report["different"]
+    assert sum(report["counts"].values()) >= sum(MINIMAL_CHECKS.values())
+
+
+def test_the_package_can_be_asked_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from metis import kernels\n"
+        "print(kernels.is_available('cpu'), kernels.is_available('cuda'))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+def test_a_cpu_has_kernels_only_under_the_interpreter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.is_available("cpu")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not kernels.is_available("cpu")
+    with pytest.raises(ConfigError, match=r"TRITON_INTERPRET=1.*use metis\.quantize"):
+        kernels.amax(torch.ones(16, 16))
+
+
+def noise(tokens: tuple[tuple[int, int], ...], features: tuple[tuple[int, int], ...]) -> Any:
+    return kernels.KernelNoise(
+        key=(1, 2), position=NoisePosition(0, 0), tokens=tokens, features=features
+    )  # fmt: skip
+
+
+WRONG_CALLS = {
+    "fp64": (ShapeError, "float32, bfloat16 or float16", lambda q, x, a: q(x.double(), a)),
+    "vector": (ShapeError, "non-empty matrix", lambda q, x, a: q(x[0], a)),
+    "ragged": (ShapeError, "multiple of 16", lambda q, x, a: q(x[:, :24], a)),
+    "ragged tile": (ShapeError, "axis 0 must be a multiple of 16", lambda q, x, a: q(
+        x[:24], a, block_shape=(16, 16))),
+    "ragged rotation": (ShapeError, "rotation of 32", lambda q, x, a: q(x[:, :48], a, sign_vector=(1,) * 32)),
+    "block": (ShapeError, "block_shape", lambda q, x, a: q(x, a, block_shape=(1, 32))),
+    "signs": (ConfigError, "sign_vector", lambda q, x, a: q(x, a, sign_vector=(1,) * 8)),
+    "rounding": (ConfigError, "rounding", lambda q, x, a: q(x, a, rounding="nearest")),
+    "no noise": (ConfigError, "noise", lambda q, x, a: q(x, a, rounding="stochastic")),
+    "needless noise": (ConfigError, "noise", lambda q, x, a: q(x, a, noise=noise(((0, 32),), ((0, 64),)))),
+    "foreign noise": (ShapeError, "runs describe", lambda q, x, a: q(
+        x, a, rounding="stochastic", noise=noise(((0, 16),), ((0, 64),)))),
+    "bits": (ConfigError, "num_random_bits", lambda q, x, a: q(
+        x, a, rounding="stochastic", noise=noise(((0, 32),), ((0, 64),)), num_random_bits=16)),
+    "scales": (ConfigError, "scale_rounding", lambda q, x, a: q(x, a, scale_rounding="even")),
+    "no output": (ConfigError, "want_packed", lambda q, x, a: q(x, a, want_operand=False)),
+    "host amax": (ShapeError, "amax must be a 0-dim", lambda q, x, a: q(x, a[None])),
+    "4over6 error": (ConfigError, "'mae' or 'mse'", lambda q, x, a: q(x, a, four_over_six="max")),
+    "4over6 rotated": (ConfigError, "four_over_six", lambda q, x, a: q(
+        x, a, four_over_six="mae", sign_vector=(1,) * 16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls_are_refused_before_a_launch(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    error, message, call = WRONG_CALLS[name]
+    with pytest.raises(error, match=message):
+        call(kernels.quantize_nvfp4, torch.ones(32, 64), torch.tensor(1.0))
+
+
+def test_runs_that_cannot_be_indices_are_refused():
+    with pytest.raises(ShapeError, match="runs need"):
+        noise(((-1, 4),), ((0, 4),))
+    with pytest.raises(ShapeError, match="runs need"):
+        noise(((0, 4),), ((2**31 - 2, 4),))
+
+
+def test_bytes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    packed, scales = torch.zeros(16, 16, dtype=torch.uint8), torch.zeros(16, 2, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match="must have shape"):
+        kernels.decode_operand(packed, scales[:8])
+    with pytest.raises(ConfigError, match="format"):
+        kernels.decode_operand(packed, scales, format="fp8_e4m3")
+    with pytest.raises(ShapeError, match="row-major uint8"):
+        kernels.decode_operand(packed.to(torch.int32), scales)
+    with pytest.raises(ConfigError, match="amax"):
+        kernels.dequantize(packed, scales)
