@@ -27,6 +27,7 @@ from metis.functional import LinearPlan, SpectralFactors, quantized_linear
 from metis.gemm import EmulatedGemm, GemmBackend
 from metis.operand import Axis, coefficients, token_mean
 from metis.recipes import resolve_recipe
+from metis.regularize import dual_range_gradient
 from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition, stream_key
 
@@ -326,13 +327,31 @@ class LinearCore(nn.Module):
         """Use the input basis of `owner`, a linear that reads the same input; only the owner sketches and
         renews it.
 
-        Raises ConfigError unless both recipes split the input in the same way.
+        Both keep it under their own name in a state dict, with equal contents. For linears that read one
+        input apart, such as q, k and v of a model on torch alone; megatron-core fuses q|k|v and gate|up, so
+        that there each input has one reader already.
+
+        Raises ConfigError unless both read equal features and their recipes split the input in the same way,
+        with a basis.
         """
-        mine, its = self.recipe.input_split, owner.recipe.input_split
-        if mine is None or mine != its or self.recipe.basis != owner.recipe.basis:
+        where = f"{self.layer}: input basis"
+        if owner is self or "input" in owner.borrowed:
             raise ConfigError(
-                f"{self.layer}: input basis",
-                f"must be split as {owner.layer} splits it, to share its basis; received {mine} and {its}",
+                where,
+                f"must be shared with the linear that renews it, received {owner.layer}, which does not",
+            )
+        if self.in_features != owner.in_features:
+            raise ConfigError(
+                where,
+                f"must have the features of {owner.layer}, received {self.in_features.size} instead of "
+                f"{owner.in_features.size}",
+            )
+        mine, its = self.recipe.input_split, owner.recipe.input_split
+        if mine is None or mine.rank is None or mine != its or self.recipe.basis != owner.recipe.basis:
+            raise ConfigError(
+                where,
+                f"must be split as {owner.layer} splits it, with a rank, to share its basis; received {mine} "
+                f"and {its}; give both linears one recipe",
             )
         self.bases["input"] = owner.bases["input"]
         self.borrowed = frozenset({"input"})
@@ -404,6 +423,10 @@ class LinearCore(nn.Module):
             head=head, residual=config.residual_factor, on_dx=config.apply_to == "dw_and_dx"
         )
 
+    def own_bases(self) -> list[tuple[str, OperandBasis]]:
+        """Return (operand, basis) of every basis that this linear sketches and renews itself."""
+        return [(name, basis) for name, basis in self.bases.items() if name not in self.borrowed]  # type: ignore[misc]
+
     def sketch_weight(self, weight: Tensor, step: int) -> None:
         """Sketch the weight for its own basis, where one is kept and this step wants it."""
         if "weight" in self.bases and self.bases["weight"].wants_sketch(step):
@@ -422,7 +445,7 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
     pending: list[tuple[OperandBasis, Tensor]] = []
     for core, weight in linears:
         core.sketch_weight(weight, step)
-        for operand, basis in core.bases.items():
+        for operand, basis in core.own_bases():
             flat = basis.take_pending()
             if flat is None:
                 continue
@@ -439,7 +462,7 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
         ):
             basis.absorb(flat)
     for core, _ in linears:
-        for basis in core.bases.values():
+        for _, basis in core.own_bases():
             basis.refresh(step)
 
 
@@ -478,10 +501,12 @@ class MetisLinear(nn.Module):
     """Drop-in for `torch.nn.Linear` that computes by a recipe (a value, a name or a file); one rank, torch
     only.
 
-    Call `after_step()` once after every optimizer step: it advances the clock and renews the bases. The
-    recipe `bf16` is `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of
+    Call `after_step()` once after every optimizer step: it advances the clock and renews the bases; where the
+    recipe regularises weights, call `before_step()` before that step. The recipe `bf16` is
+    `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of
     the initial weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it. backend: who multiplies
-    FP4 operands (None: emulated).
+    FP4 operands (None: emulated). share_input_basis_with: a linear that reads the same input; this one uses
+    its input basis and keeps none of its own (`LinearCore.borrow_input_basis`).
     Raises ShapeError when a size is no multiple of 16, on construction for features and in training for
     tokens.
     """
@@ -498,6 +523,7 @@ class MetisLinear(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         backend: GemmBackend | None = None,
+        share_input_basis_with: MetisLinear | None = None,
     ) -> None:
         super().__init__()
         recipe = resolve_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -514,6 +540,8 @@ class MetisLinear(nn.Module):
             device=device or "cpu",
             backend=backend,
         )
+        if share_input_basis_with is not None:
+            self.core.borrow_input_basis(share_input_basis_with.core)
         self.factors: FactorPath | None = None
         if recipe.reparametrisation is not None:
             self._reparametrise(recipe, recipe.reparametrisation)
@@ -539,6 +567,21 @@ class MetisLinear(nn.Module):
             y = y + self.factors(x_MK, self.u, self.s, self.v)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Add the gradient of the recipe's dual-range regulariser to `weight.grad`.
+
+        Call it once per optimizer step, after the last backward and before clipping. With reparametrisation
+        it acts on the residual weight. Does nothing under a recipe without the regulariser.
+        """
+        config = self.core.recipe.dual_range
+        if config is None or not self.weight.requires_grad:
+            return
+        gradient = dual_range_gradient(self.weight, config, self.weight.numel())
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        self.weight.grad.add_(gradient)
 
     def after_step(self) -> None:
         """Renew the bases from this step's sketches and enter the next step (with a clock of one's own)."""

@@ -24,10 +24,13 @@ from torch import Tensor, nn
 
 from metis.clock import TrainingClock
 from metis.errors import MetisError
+from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
 from metis.training.batches import batch_on_this_cp_rank
+from metis.training.model import recipes_of
 from metis.training.telemetry import LM_LOSS
 
+DUAL_RANGE_LOSS = "dual-range loss"
 BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -82,6 +85,7 @@ class StepRunner:
         self.args, self.model, self.clock, self.timers = args, model, clock, timers
         self.optimizer, self.scheduler = optimizer, scheduler
         self.tracks_weights = any("weight" in linear.core.bases for linear in recipe_linears(model))
+        self.has_penalties = any(recipe.dual_range is not None for recipe in recipes_of(args).values())
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
 
@@ -139,6 +143,7 @@ class StepRunner:
         if args.check_for_nan_in_loss_and_grad and not all(abs(v) < float("inf") for v in losses.values()):
             raise _non_finite(iteration, f"the loss ({losses})")
         self._note_spike(losses, iteration)
+        losses |= self._add_penalties()
         self.timers("optimizer", log_level=1).start(barrier=True)
         applied, grad_norm, num_zeros = self.optimizer.step()
         self.timers("optimizer").stop()
@@ -160,6 +165,15 @@ class StepRunner:
             grad_norm=_largest_of_ranks(grad_norm),
             num_zeros=_largest_of_ranks(num_zeros),
         )
+
+    def _add_penalties(self) -> dict[str, float]:
+        """Add what recipes put on their weights to the gradients; return its loss on the last pipeline
+        stage.
+        """
+        if not self.has_penalties:
+            return {}
+        value = add_weight_penalties(self.model, float(self.optimizer.get_loss_scale()))
+        return {DUAL_RANGE_LOSS: value} if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else {}
 
     @torch.no_grad()
     def evaluate(self, data_iterator: Any, num_iterations: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ ROWS = (
     ("metis.operand",),
     ("metis.gemm",),
     ("metis.functional",),
-    ("metis.reparametrised",),
+    ("metis.reparametrised", "metis.regularize"),
     ("metis.nn",),
     ("metis.diagnostics",),
     ("metis.mcore",),
