@@ -52,11 +52,22 @@ amaxes. They cost messages between ranks, and they are small; results are the sa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpectralFactors:
-    """What the adaptive spectral learning rate multiplies g's head columns [r] and its residual with."""
+    """What the adaptive spectral learning rate multiplies g's head columns [r] and its residual with.
+
+    The factors meet the accumulator of a thin product, before it is rounded: P itself is not rounded again.
+    """
 
     head: Tensor
     residual: float
     on_dx: bool
+
+    def of_columns(self, thin: Tensor) -> Tensor:
+        """Return the factor of every column of `thin` [features, r]; a mean's column in front keeps the
+        first.
+        """
+        extra = thin.shape[1] - self.head.numel()
+        head = torch.cat((self.head[:1].expand(extra), self.head)) if extra else self.head
+        return head.to(thin.dtype)
 
 
 class BasisSketch(Protocol):
@@ -211,7 +222,9 @@ class Operand:
         if cell.quantizer is None:
             return matrix
         memo = {} if self.memo is None else self.memo
-        key = (operand_of(name), "amax", self.has_head, cell.quantizer.rht)
+        # Rotated along another axis it is another matrix with an amax of its own.
+        rotation = None if cell.quantizer.rht is None else name
+        key = (operand_of(name), "amax", self.has_head, rotation)
         rows, cols = plan.axes(name)
         encoded = encode(
             matrix,
@@ -221,7 +234,7 @@ class Operand:
             amax_scope=plan.recipe.amax_scope,
             noise=plan.noise(name),
             noise_is_transposed=is_transposed(name),
-            amax=memo.get(key),
+            amax=memo.get(key) if needs_tensor_amax(cell.quantizer) else None,
         )
         if needs_tensor_amax(cell.quantizer):
             memo[key] = encoded.amax
@@ -312,8 +325,10 @@ def dgrad(
     if spectral is not None:
         dx *= spectral.residual
     if g.has_head:
-        p = g.p if spectral is None else _scaled(g.p, spectral.head)
-        dx += product(p, _factor(product(w_NK.t(), g.v.t(), accumulate), w_NK.dtype), accumulate)
+        right = product(w_NK.t(), g.v.t(), accumulate)  # (V_g^T w)^T, [K, r]
+        if spectral is not None:
+            right *= spectral.of_columns(right)
+        dx += product(g.p, _factor(right, w_NK.dtype), accumulate)
     return dx
 
 
@@ -334,19 +349,13 @@ def wgrad(
     if spectral is not None:
         dw *= spectral.residual
     if g.has_head:
-        p = g.p if spectral is None else _scaled(g.p, spectral.head)
-        right = x.transposed_times(p, accumulate)  # (P_g^T R_x)^T, [K, r]
+        right = x.transposed_times(g.p, accumulate)  # (P_g^T R_x)^T, [K, r]
         if x.has_head:
-            right += product(x.v, _factor(product(p.t(), x.p.t(), accumulate), g_MN.dtype), accumulate)
+            right += product(x.v, _factor(product(g.p.t(), x.p.t(), accumulate), g_MN.dtype), accumulate)
+        if spectral is not None:
+            right *= spectral.of_columns(right)
         dw += product(g.v, _factor(right, g_MN.dtype), accumulate)
     return dw
-
-
-def _scaled(p: Tensor, factors: Tensor) -> Tensor:
-    """Return P with its columns scaled; a mean's column in front keeps the first factor."""
-    extra = p.shape[1] - factors.numel()
-    factors = torch.cat((factors[:1].expand(extra), factors)) if extra else factors
-    return (p.to(factors.dtype) * factors).to(p.dtype)
 
 
 def _factor(value: Tensor, c: torch.dtype) -> Tensor:
