@@ -162,8 +162,7 @@ class QuantizerConfig:
             or (self.scale_rounding == "up" and not is_fp8 and self.four_over_six is None),
             "quantizer.scale_rounding",
             f"must not be {self.scale_rounding!r} here: 'even' is defined for mxfp4, 'up' for nvfp4 and "
-            "mxfp4 "
-            "without four_over_six",
+            "mxfp4 without four_over_six",
         )
         _require(
             not self.power_of_two_scales or (is_fp8 and self.block_shape is not None),
@@ -263,8 +262,7 @@ class SplitConfig:
             "doc": "bf16: P and V rounded once, residual against the rounded ones. feedback: both factors "
             "quantised, residual against the quantised head. two_term: the same with two terms per factor. "
             "literal: both factors quantised, residual against the exact head, as the paper's equation "
-            "reads; "
-            "only for reproducing the paper"
+            "reads; only for reproducing the paper"
         },
     )
     head_quantizer: QuantizerConfig | None = field(
@@ -568,6 +566,13 @@ class Recipe:
             or (self.wgrad_grad_output.split is not None and self.wgrad_grad_output.split.rank is not None),
             f"{where}: spectral_learning_rate",
             "needs wgrad_grad_output.split with a rank: it scales the directions of that head",
+        )
+        _require(
+            self.spectral_learning_rate is None
+            or self.spectral_learning_rate.apply_to == "dw"
+            or (self.dgrad_grad_output.split is not None and self.dgrad_grad_output.split.rank is not None),
+            f"{where}: spectral_learning_rate.apply_to",
+            "needs dgrad_grad_output.split with a rank for 'dw_and_dx'; set apply_to: dw or split that cell",
         )
         _require(
             not self.save_packed or self.wgrad_input.quantizer is not None,
