@@ -167,8 +167,9 @@ def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, 
 
     `stored` is a run config. Shapes must always agree; meanings (RoPE base, norm epsilon, tokenizer),
     recipe and policy must agree unless `finetune`; which linears are reparametrised, and at which rank, must
-    always agree, since their weights are stored as factors. A field is compared only where both sides know
-    it.
+    always agree, since their weights are stored as factors; bases that each tensor-parallel rank keeps for
+    itself (`tp_mode: local`) need the same tensor-parallel size unless `finetune`, which starts them afresh.
+    A field is compared only where both sides know it.
     """
     fields = SHAPE_FIELDS if finetune else SHAPE_FIELDS + BEHAVIOUR_FIELDS
     model = stored.get("model") or {}
@@ -193,6 +194,26 @@ def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, 
             # JSON turns tuples into lists, so both sides take that form before they are compared.
             as_stored = json.loads(json.dumps(wanted))
             _refuse(where, kind, stored[kind], as_stored, "--finetune to start a new run from these weights")
+    _refuse_other_shards(where, stored, args)
+
+
+def _refuse_other_shards(where: str, stored: Mapping[str, Any], args: Namespace) -> None:
+    """Refuse bases that belong to single tensor-parallel ranks when this run has another number of ranks."""
+    name = "tensor_model_parallel_size"
+    size, wanted = (stored.get("parallel") or {}).get(name), getattr(args, name, None)
+    if _keeps_local_bases(stored) and None not in (size, wanted) and size != wanted:
+        raise CheckpointError(
+            where,
+            f"holds a basis per tensor-parallel rank (basis.tp_mode: local) and must be loaded at {name} "
+            f"{size}, received {wanted}; use that size, or --finetune to start the bases afresh",
+        )
+
+
+def _keeps_local_bases(value: Any) -> bool:
+    """Tell whether any recipe written out in a stored config has a basis with `tp_mode: local`."""
+    if isinstance(value, Mapping):
+        return value.get("tp_mode") == "local" or any(map(_keeps_local_bases, value.values()))
+    return isinstance(value, list) and any(map(_keeps_local_bases, value))
 
 
 def _refuse(where: str, kind: str, stored: Any, requested: Any, remedy: str) -> None:

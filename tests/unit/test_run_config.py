@@ -12,6 +12,7 @@ import pytest
 from metis.errors import CheckpointError
 from metis.training import retention
 from metis.training.arguments import parse_args, validate_args
+from metis.training.preflight import preflight
 from metis.training.run_config import RUN_CONFIG_NAME, build_run_config, check_compatible, to_json
 
 TINY = "--preset tiny --mock-data --vocab-size 1000 --micro-batch-size 2 --lr 1e-3 --train-iters 10"
@@ -67,6 +68,35 @@ def test_factored_weights_are_not_read_as_plain_ones(tmp_path: Path, finetune: b
         check_compatible("ckpt", stored, _resolve("--recipe metis"), finetune=finetune)
     # The control keeps the same parameters in high precision.
     check_compatible("ckpt", stored, _resolve("--recipe bf16_reparametrised"), finetune=True)
+
+
+@pytest.mark.parametrize("place", ["recipe", "policy"])
+def test_bases_of_single_ranks_need_the_same_number_of_ranks(tmp_path: Path, place: str):
+    """A basis per rank cannot be cut or joined; weights can, so --finetune may take them."""
+    local = {"base": "metis", "name": "mine", "basis": {"tp_mode": "local"}}
+    (tmp_path / "mine.json").write_text(json.dumps(local))
+    rules = {"rules": [{"match": "*.0.*", "recipe": f"{tmp_path}/mine.json"}, {"match": "*"}]}
+    (tmp_path / "policy.json").write_text(json.dumps(rules))
+    options = f"--recipe {tmp_path}/mine.json" if place == "recipe" else f"--policy {tmp_path}/policy.json"
+    first = _resolve(f"{options} --tensor-model-parallel-size 2", 2)
+    stored = _stored(first, tmp_path)
+    check_compatible("ckpt", stored, _resolve(f"{options} --tensor-model-parallel-size 2", 4), finetune=False)
+    alone = _resolve(options)
+    with pytest.raises(
+        CheckpointError,
+        match=r"ckpt: holds a basis per tensor-parallel rank .* must be loaded at tensor_model_parallel_size "
+        "2, received 1; use that size, or --finetune",
+    ):
+        check_compatible("ckpt", stored, alone, finetune=False)
+    check_compatible("ckpt", stored, alone, finetune=True)
+    # The refusal is part of the checks that run before torch is imported.
+    with pytest.raises(CheckpointError, match="must be loaded at tensor_model_parallel_size 2, received 1"):
+        preflight(_resolve(f"{options} --load {tmp_path}"))
+
+
+def test_one_basis_for_all_ranks_loads_at_any_number_of_them(tmp_path: Path):
+    stored = _stored(_resolve("--recipe metis --tensor-model-parallel-size 2", 2), tmp_path)
+    check_compatible("ckpt", stored, _resolve("--recipe metis"), finetune=False)
 
 
 def test_another_vocabulary_is_another_model(tmp_path: Path):
