@@ -159,6 +159,13 @@ def require_device(where: str, device: torch.device) -> None:
     reason = reason_unavailable(device)
     if reason is not None:
         raise ConfigError(where, f"Triton kernels cannot run on {device}: {reason}; use metis.quantize")
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ConfigError(
+            where,
+            f"the tensors must be on the current device cuda:{torch.cuda.current_device()}, received "
+            f"{device}; "
+            "call torch.cuda.set_device first",
+        )
 
 
 def require_amax(where: str, amax: Tensor, device: torch.device) -> None:

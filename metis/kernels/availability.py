@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
 
@@ -14,7 +15,7 @@ MINIMAL_CAPABILITY = (8, 0)
 def reason_unavailable(device: torch.device | str) -> str | None:
     """Return why kernels cannot run on `device`, or None when they can."""
     device = torch.device(device)
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -22,6 +23,17 @@ def reason_unavailable(device: torch.device | str) -> str | None:
         return "a CPU runs them only under Triton's interpreter (TRITON_INTERPRET=1, for tests)"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"there are none for {device.type}{' (ROCm)' if torch.version.hip else ''}"
+    return _cuda_reason(device)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=64)
+def _cuda_reason(device: torch.device) -> str | None:
+    """Asked before every launch, hence remembered."""
     if not torch.cuda.is_available():
         return "CUDA is not available"
     capability = torch.cuda.get_device_capability(device)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 import warnings
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from _kernel_times import sweep, table, timings
 
 from metis import kernels
 from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
@@ -401,6 +402,28 @@ def decode_all(
         )
 
 
+def check_large(ledger: Ledger) -> None:
+    """More than 2^31 elements, in both memory orders: the last rows and the maximum are right."""
+    rows, cols = (66_000, 32_784) if ledger.device.startswith("cuda") else (64, 48)
+    x = torch.zeros(rows, cols, dtype=torch.bfloat16, device=ledger.device)
+    tail = list(inputs(16, cols))[1][1].to(torch.bfloat16)
+    x[-16:] = ledger.put(tail)
+    amax = kernels.amax(x)
+    ledger.same("amax", amax, tensor_amax(tail))
+    for block_shape in ((1, 16), (16, 16)):
+        output = kernels.quantize_nvfp4(x, amax, block_shape=block_shape, want_packed=True)
+        expected = quantize(tail, block_shape=block_shape)
+        ledger.same(f"codes {block_shape}", output.packed[-16:], expected.packed())
+        ledger.same(f"operand {block_shape}", output.operand[-16:], expected.operand(torch.bfloat16))
+        decoded = kernels.decode_operand(output.packed, output.scale_bytes, block_shape=block_shape)
+        ledger.same(f"decoded {block_shape}", decoded[-16:], expected.operand(torch.bfloat16))
+        del output, decoded
+    output = kernels.quantize_nvfp4(x.t(), amax, want_packed=True)
+    expected = quantize(tail.t(), block_shape=(1, 16))
+    ledger.same("transposed operand", output.operand[:, -16:], expected.operand(torch.bfloat16))
+    ledger.same("transposed codes", output.packed[:, -8:], expected.packed())
+
+
 def check_controls(ledger: Ledger) -> None:
     """The comparison sees one flipped bit of each kind; counted as a difference when it does not."""
     trial = Ledger(ledger.device, ledger.rows, ledger.cols)
@@ -426,79 +449,8 @@ GROUPS: dict[str, Callable[[Ledger], None]] = {
     "shards": check_shards,
     "rotation": check_rotation,
     "decoding": check_decoding,
+    "large": check_large,
 }
-
-
-def timings(rows: int, cols: int) -> dict[str, dict[str, float]]:
-    """Median microseconds of every kernel on bf16 [rows, cols], its GB/s and its ratio to a copy.
-
-    GB/s counts bytes read plus written once. Inputs rotate among enough tensors to leave the L2 cache.
-    """
-    device = "cuda"
-    generator = torch.Generator(device).manual_seed(3)
-    xs = [torch.randn(rows, cols, dtype=torch.bfloat16, device=device, generator=generator) for _ in range(6)]
-    amax = kernels.amax(xs[0])
-    n = rows * cols
-    row_noise = whole_noise(rows, cols)
-    col_noise = whole_noise(rows, cols, tokens_are_cols=True)
-    signs = RHT_SIGN_VECTOR
-    sr, q = {"rounding": "stochastic"}, kernels.quantize_nvfp4
-    packs = [q(x, amax, want_packed=True, want_operand=False) for x in xs]
-    packed_only = {"want_packed": True, "want_operand": False}
-    packed_bytes = n // 2 + n // 16
-    cases: dict[str, tuple[Callable[[int], object], float]] = {
-        "copy": (lambda i: xs[i].clone(), 4 * n),
-        "amax": (lambda i: kernels.amax(xs[i]), 2 * n),
-        "amax, rht, transposed": (lambda i: kernels.amax(xs[i].t(), signs), 2 * n),
-        "1x16 rne": (lambda i: q(xs[i], amax), 4 * n),
-        "1x16 rne, transposed": (lambda i: q(xs[i].t(), amax), 4 * n),
-        "16x16 rne 4over6": (lambda i: q(xs[i], amax, block_shape=(16, 16), four_over_six="mae"), 4 * n),
-        "16x16 rne": (lambda i: q(xs[i], amax, block_shape=(16, 16)), 4 * n),
-        "1x16 sr": (lambda i: q(xs[i], amax, noise=row_noise, **sr), 4 * n),
-        "1x16 sr, 8 bits": (lambda i: q(xs[i], amax, noise=row_noise, num_random_bits=8, **sr), 4 * n),
-        "1x16 rne rht, transposed": (lambda i: q(xs[i].t(), amax, sign_vector=signs), 4 * n),
-        "1x16 sr rht, transposed": (
-            lambda i: q(xs[i].t(), amax, sign_vector=signs, noise=col_noise, **sr), 4 * n,
-        ),
-        "1x16 rne, packed": (lambda i: q(xs[i], amax, **packed_only), 2 * n + packed_bytes),
-        "1x16 rne rht, transposed, packed": (
-            lambda i: q(xs[i].t(), amax, sign_vector=signs, **packed_only), 2 * n + packed_bytes,
-        ),
-        "mxfp4 rne": (lambda i: kernels.quantize_mxfp4(xs[i]), 4 * n),
-        "rotate, transposed": (lambda i: kernels.rotate(xs[i].t(), signs), 4 * n),
-        "decode operand": (
-            lambda i: kernels.decode_operand(packs[i].packed, packs[i].scale_bytes), 2 * n + packed_bytes,
-        ),
-    }  # fmt: skip
-    results: dict[str, dict[str, float]] = {}
-    for name, (call, num_bytes) in cases.items():
-        microseconds, spread = median_microseconds(call, len(xs))
-        gigabytes = num_bytes / microseconds * 1e-3
-        copy = results.get("copy", {"us": microseconds})["us"] * num_bytes / (4 * n)
-        results[name] = {
-            "us": round(microseconds, 1), "spread_us": round(spread, 1), "GB/s": round(gigabytes),
-            "to_copy_of_its_bytes": round(microseconds / copy, 2),
-            "to_copy": round(microseconds / results.get("copy", {"us": microseconds})["us"], 2),
-        }  # fmt: skip
-    return results
-
-
-def median_microseconds(call: Callable[[int], object], num_inputs: int) -> tuple[float, float]:
-    """Return the median and the interquartile range of single calls between CUDA events."""
-    for index in range(2 * num_inputs):
-        call(index % num_inputs)
-    times = []
-    for index in range(60):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Work already queued hides the time that the host needs for a launch.
-        torch.cuda._sleep(200_000)
-        start.record()
-        call(index % num_inputs)
-        end.record()
-        end.synchronize()
-        times.append(1000.0 * start.elapsed_time(end))
-    low, median, high = statistics.quantiles(times, n=4)
-    return median, high - low
 
 
 def main() -> int:
@@ -508,6 +460,7 @@ def main() -> int:
     parser.add_argument("--cols", type=int, default=None)
     parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="time every tile shape too")
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, in the interpreter
@@ -526,11 +479,12 @@ def main() -> int:
     times = {}
     if on_gpu and not args.no_timing:
         times = timings(8192, 4096)
-        print(f"{'8192x4096 bf16':36}{'us':>8}{'spread':>8}{'GB/s':>8}{'/copy':>8}{'/copy of its bytes':>20}")
-        for name, row in times.items():
-            print(f"{name:36}{row['us']:8.1f}{row['spread_us']:8.1f}{row['GB/s']:8.0f}{row['to_copy']:8.2f}"
-                  f"{row['to_copy_of_its_bytes']:20.2f}")  # fmt: skip
-    print(json.dumps({"counts": ledger.counts, "different": ledger.different, "times": times}))
+        print(table(times, "8192x4096 bf16"))
+    best = sweep(8192, 4096) if on_gpu and args.sweep else {}
+    for name, measured in best.items():
+        print(f"tiles, {name}: {measured}")
+    result = {"counts": ledger.counts, "different": ledger.different, "times": times, "tiles": best}
+    print(json.dumps(result))
     return 1 if ledger.different else 0
 
 

@@ -2,7 +2,8 @@
 
 The comparisons are those of tests/gpu/kernel_bits.py, which runs them on real hardware too. Here they run in
 one process of their own: the interpreter must be chosen before Triton is first imported, and another test may
-have imported it.
+have imported it. What the interpreter cannot show, contraction and flushing, is read from compiled code
+(tests/gpu/kernel_code.py), for which no GPU is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from metis.errors import ConfigError, ShapeError
 from metis.rng import NoisePosition
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "tests" / "gpu" / "kernel_bits.py"
+SCRIPTS = REPOSITORY / "tests" / "gpu"
 
 MINIMAL_CHECKS = {
     "controls": 1,
@@ -36,26 +37,32 @@ MINIMAL_CHECKS = {
     "shards": 16,
     "rotation": 400,
     "decoding": 30,
+    "large": 9,
 }
 """Comparisons per group: fewer means that a group lost inputs."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def run_script(*arguments: str) -> dict[str, Any]:
-    """Run the comparisons under the interpreter; returns the JSON object of the last line."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def run_script(name: str, *arguments: str, interpret: bool) -> dict[str, Any]:
+    """Run a script of tests/gpu in a process of its own; returns the JSON object of its last line."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", *arguments],
+        [sys.executable, str(SCRIPTS / name), *arguments],
         env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     assert result.stdout.strip(), result.stderr[-2000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def compare(*arguments: str) -> dict[str, Any]:
+    """Compare kernels with oracles under the interpreter."""
+    return run_script("kernel_bits.py", "--device", "cpu", *arguments, interpret=True)
+
+
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    return run_script()
+    return compare()
 
 
 @pytest.mark.parametrize("group", MINIMAL_CHECKS)
@@ -67,9 +74,24 @@ def test_kernels_equal_their_oracles_bitwise(report: dict[str, Any], group: str)
 
 @pytest.mark.long
 def test_kernels_equal_their_oracles_bitwise_on_larger_matrices():
-    report = run_script("--rows", "272", "--cols", "784")
+    report = compare("--rows", "272", "--cols", "784")
     assert not report["different"]
     assert sum(report["counts"].values()) >= sum(MINIMAL_CHECKS.values())
+
+
+def test_compiled_kernels_round_every_operation_and_keep_denormals():
+    """The interpreter never contracts or flushes; this reads the code that a GPU would run."""
+    code = run_script("kernel_code.py", interpret=False)
+    assert len(code["found"]) >= 7
+    assert not {name: found for name, found in code["found"].items() if found}
+    assert code["compiled_for_steps"] == 0
+
+
+@pytest.mark.long
+def test_every_variant_compiles_and_the_reader_sees_contraction():
+    assert not any(run_script("kernel_code.py", "--full", interpret=False)["found"].values())
+    fused = run_script("kernel_code.py", "--fuse", interpret=False)["found"]
+    assert sum("fma" in found for found in fused.values()) >= 5
 
 
 def test_the_package_can_be_asked_without_triton():
