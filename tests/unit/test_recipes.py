@@ -1,6 +1,7 @@
 """Named recipes say what their papers say, and a recipe file means what it reads.
 
-Oracles: arXiv 2509.25149 section 4 (nvfp4), arXiv 2509.00404 v4 (metis), written out here as a table.
+Oracles, written out here as a table: arXiv 2509.25149 section 4 (nvfp4), 2512.02010 (4 over 6), 2505.19115
+(fp4_all_the_way), 2603.10444 (mean_split), 2509.00404 v4 and v1 (metis); Transformer Engine's FP8 recipes.
 """
 
 from __future__ import annotations
@@ -10,37 +11,92 @@ from pathlib import Path
 
 import pytest
 
-from metis.config import CELL_NAMES, BasisConfig, CellConfig, RankConfig, Recipe
+from metis.config import (
+    CELL_NAMES,
+    BasisConfig,
+    CellConfig,
+    QuantizerConfig,
+    RankConfig,
+    Recipe,
+    SplitConfig,
+)
 from metis.errors import ConfigError
 from metis.recipes import (
     METIS,
     NVFP4,
     RECIPES,
+    SOURCES,
     recipe_from_dict,
     recipe_to_dict,
     resolve_recipe,
     with_overrides,
 )
 
-# rows: 1x16 blocks; tiles: 16x16; sr: stochastic; rht: rotated; +split: bf16 head; +literal: FP4 head
+# Operands in order: fprop x and w, dgrad g and w, wgrad g and x.
+# rows 1x16, tiles 16x16 (NVFP4); mx 1x32 (MXFP4); fp8 e4m3 or e5m2 per tensor, in rows of 128 or tiles of
+# 128x128; pow2: power-of-two scales; sr: stochastic; rht: rotated by 16 fixed signs; 4/6: by mean absolute
+# error; +FORMAT: split, its head in that format; +mean: the mean alone.
 TABLE = {
-    "bf16": ("-", "-", "-", "-", "-", "-"),
+    "bf16": ("-",) * 6,
     "nvfp4": ("rows", "tiles", "rows sr", "tiles", "rows sr rht", "rows rht"),
-    "nvfp4_direct": ("rows",) * 6,
     "metis": ("rows +bf16", "tiles +bf16", "rows sr +bf16", "tiles +bf16", "rows sr +bf16", "rows +bf16"),
+    "nvfp4_direct": ("rows",) * 6,
+    "nvfp4_4over6": ("rows", "tiles 4/6", "rows sr", "tiles 4/6", "rows sr rht", "rows rht"),
+    "nvfp4_forward_bf16": ("-", "-", "rows sr", "tiles", "rows sr rht", "rows rht"),
+    "nvfp4_backward_bf16": ("rows", "tiles", "-", "-", "-", "-"),
+    "fp4_all_the_way": ("rows", "rows", "rows sr", "rows", "rows sr", "rows sr"),
+    "mean_split": ("rows +mean", "rows", "rows sr", "rows", "rows sr", "rows +mean"),
+    "mxfp4": ("mx", "mx", "mx sr", "mx", "mx sr", "mx"),
+    "fp8": ("e4m3", "e4m3", "e5m2", "e4m3", "e5m2", "e4m3"),
+    "fp8_blocks": (
+        *("e4m3 rows pow2", "e4m3 tiles pow2", "e4m3 rows pow2"),
+        *("e4m3 tiles pow2", "e4m3 rows pow2", "e4m3 rows pow2"),
+    ),
     "metis_paper": ("rows +literal", "rows", "rows sr +literal", "rows", "rows sr +literal", "rows +literal"),
-    "bf16_reparametrised": ("-", "-", "-", "-", "-", "-"),
+    "metis_v1": ("rows +literal", "rows", "rows +literal", "rows", "rows +literal", "rows +literal"),
+    "metis_v1_mxfp4": ("mx +literal", "mx", "mx +literal", "mx", "mx +literal", "mx +literal"),
+    "metis_v1_fp8": ("e4m3 +literal", "e4m3", "e4m3 +literal", "e4m3", "e4m3 +literal", "e4m3 +literal"),
+    "bf16_reparametrised": ("-",) * 6,
+}
+REPARAMETRISED = {"metis_paper", "metis_v1", "metis_v1_mxfp4", "metis_v1_fp8", "bf16_reparametrised"}
+WITH_BASIS = {"metis", "metis_paper", "metis_v1", "metis_v1_mxfp4", "metis_v1_fp8"}
+SPECTRAL = {"metis_v1", "metis_v1_mxfp4", "metis_v1_fp8"}
+HIGH_PRECISION = {"bf16", "bf16_reparametrised"}
+BLOCK_WORDS = {
+    ("nvfp4", (1, 16)): "rows",
+    ("nvfp4", (16, 16)): "tiles",
+    ("mxfp4", (1, 32)): "mx",
+    ("fp8_e4m3", None): "e4m3",
+    ("fp8_e5m2", None): "e5m2",
+    ("fp8_e4m3", (1, 128)): "e4m3 rows",
+    ("fp8_e4m3", (128, 128)): "e4m3 tiles",
 }
 
 
+def _quantizer_words(quantizer: QuantizerConfig) -> list[str]:
+    words = [BLOCK_WORDS[quantizer.format, quantizer.block_shape]]
+    words += ["pow2"] if quantizer.power_of_two_scales else []
+    words += ["sr"] if quantizer.rounding == "stochastic" else []
+    words += ["rht"] if quantizer.rht is not None else []
+    words += ["4/6"] if quantizer.four_over_six == "mae" else []
+    assert quantizer.num_terms == 1 and quantizer.scale_rounding == "standard"
+    assert quantizer.num_random_bits == 24
+    assert quantizer.rht is None or (quantizer.rht.size, quantizer.rht.sign_seed) == (16, None)
+    return words
+
+
 def _words(cell: CellConfig) -> str:
-    words = []
-    if cell.quantizer is not None:
-        words.append("rows" if cell.quantizer.block_shape == (1, 16) else "tiles")
-        words += ["sr"] if cell.quantizer.rounding == "stochastic" else []
-        words += ["rht"] if cell.quantizer.rht else []
-    words += [f"+{cell.split.head_format}"] if cell.split is not None else []
+    words = [] if cell.quantizer is None else _quantizer_words(cell.quantizer)
+    if cell.split is not None and cell.split.rank is None:
+        words.append("+mean")
+    elif cell.split is not None:
+        assert not cell.split.mean_first
+        words.append(f"+{cell.split.head_format}")
     return " ".join(words) or "-"
+
+
+def test_the_table_has_every_recipe_and_every_recipe_a_source():
+    assert set(TABLE) == set(RECIPES) == set(SOURCES) and len(TABLE) == 17
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -49,16 +105,51 @@ def test_named_recipes_are_those_of_the_table(name: str):
     assert tuple(_words(getattr(recipe, cell)) for cell in CELL_NAMES) == TABLE[name]
     assert recipe.name == name
     assert recipe.is_high_precision == (name == "bf16")
-    assert recipe.is_quantized == ("fp4" in name or name.startswith("metis"))
-    assert (recipe.reparametrisation is not None) == (name in ("metis_paper", "bf16_reparametrised"))
+    assert recipe.is_quantized == (name not in HIGH_PRECISION)
+    assert (recipe.reparametrisation is not None) == (name in REPARAMETRISED)
+    assert (recipe.basis is not None) == (name in WITH_BASIS) == recipe.has_basis
+    assert (recipe.spectral_learning_rate is not None) == (name in SPECTRAL)
+    assert recipe.dual_range is None and not recipe.save_packed
     assert recipe.amax_scope == "global"
 
 
 def test_constants_of_metis_are_the_published_ones():
     basis = METIS.basis
     assert (basis.refresh_interval_steps, basis.row_sample_fraction, basis.num_pinned_rows) == (8, 0.05, 8)
-    assert METIS.input_split == METIS.weight_split == METIS.grad_output_split
+    assert (basis.oversample, basis.num_cold_steps, basis.num_canonical_chunks) == (8, 2, 8)
+    assert basis.tp_mode == "exact"
+    assert METIS.input_split == METIS.weight_split == METIS.grad_output_split == SplitConfig()
+    rank = METIS.input_split.rank
+    assert (rank.fixed, rank.fraction, rank.minimum, rank.maximum, rank.multiple) == (
+        None,
+        1 / 64,
+        16,
+        64,
+        16,
+    )
     assert RECIPES["metis_paper"].weight_split is None
+
+
+@pytest.mark.parametrize("name", sorted(REPARAMETRISED | SPECTRAL))
+def test_constants_of_the_papers_literal_recipes(name: str):
+    """Factors and heads in the format of the operands; v1 scales dw by 1, 1.5 and 2 (arXiv 2509.00404 v1)."""
+    recipe = RECIPES[name]
+    assert recipe.reparametrisation.rank.maximum == 64
+    factors = recipe.reparametrisation.factor_quantizer
+    if name == "bf16_reparametrised":
+        assert factors is None
+        return
+    assert factors == recipe.fprop_weight.quantizer == recipe.input_split.factor_quantizer
+    assert recipe.grad_output_split == recipe.input_split
+    assert factors.rounding == "rne", "heads round to nearest even where the gradient's residual does not"
+    block = 1 if factors.block_shape is None else factors.block_shape[1]
+    for features in (64, 1024, 1040, 4096):
+        assert recipe.input_split.rank.columns(features) % block == 0
+    if name in SPECTRAL:
+        spectral = recipe.spectral_learning_rate
+        scales = (spectral.leading_factor, spectral.head_factor, spectral.residual_factor)
+        assert (spectral.schedule, spectral.num_leading, scales) == ("stepped", 5, (1.0, 1.5, 2.0))
+        assert spectral.apply_to == "dw"
 
 
 @pytest.mark.parametrize("name", RECIPES)
