@@ -30,6 +30,7 @@ from metis.recipes import resolve_recipe
 from metis.regularize import dual_range_gradient
 from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition, stream_key
+from metis.schedule import require_same_parameters
 
 OPERANDS = ("input", "weight", "grad_output")
 
@@ -189,6 +190,32 @@ class OperandBasis(nn.Module):
             self.drift_degrees = algebra.largest_principal_angle(whole, fresh)
         self.state = self._local(fresh)
 
+    @torch.no_grad()
+    def take_over(self, old: OperandBasis) -> None:
+        """Go on from the basis that an earlier recipe kept for the same operand; collective on sharded axes.
+
+        Same rank and width: with everything, less the rows sketched so far if centring has changed. Another
+        rank or width: `metis.decompose.basis.resized`, in use without a gap. A basis per rank against one
+        for all, or one that must now be in Ritz order: from a cold start.
+        """
+        self.tracks_drift = old.tracks_drift
+        is_local, was_local = (basis.config.tp_mode == "local" for basis in (self, old))
+        if is_local != was_local or (self.ordered and not old.ordered):
+            return
+        state, mine = old.state, self.state
+        if (state.rank, state.v.shape) == (mine.rank, mine.v.shape):
+            self.state = state if self.centred == old.centred else algebra.without_sketch(state)
+            return
+        width = mine.v.shape[1]
+        whole = algebra.resized(
+            replace(state, v=self.features.gather_rows(state.v)),
+            mine.rank,
+            width - mine.rank,
+            key=self._key("directions"),
+            refill_key=self._key("resize"),
+        )
+        self.state = self._local(whole)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the state to save: v and z for the local features, gram and counters the same on every
         shard.
@@ -304,24 +331,49 @@ class LinearCore(nn.Module):
         self.backend = backend or EmulatedGemm()
         self.in_features, self.out_features = in_features, out_features
         _check_features(recipe, layer, in_features, out_features)
-        self.bases = nn.ModuleDict()
+        self.bases = self._bases_for(recipe, nn.ModuleDict(), device)
         self.borrowed: frozenset[str] = frozenset()
+
+    def _bases_for(self, recipe: Recipe, old: nn.ModuleDict, device: Any) -> nn.ModuleDict:
+        """Return the bases that `recipe` keeps, each going on from the one of its operand in `old`."""
+        bases = nn.ModuleDict()
         for operand in OPERANDS:
             split = getattr(recipe, f"{operand}_split")
-            if split is not None and split.rank is not None:
-                features = out_features if operand == "grad_output" else in_features
-                assert recipe.basis is not None
-                self.bases[operand] = OperandBasis(
-                    layer=layer,
-                    operand=operand,
-                    features=features,
-                    rank=split.rank.columns(features.size),
-                    config=recipe.basis,
-                    seed=clock.seed,
-                    centred=split.mean_first,
-                    ordered=operand == "grad_output" and recipe.spectral_learning_rate is not None,
-                    device=device,
-                )
+            if split is None or split.rank is None:
+                continue
+            features = self.out_features if operand == "grad_output" else self.in_features
+            assert recipe.basis is not None
+            basis = OperandBasis(
+                layer=self.layer,
+                operand=operand,
+                features=features,
+                rank=split.rank.columns(features.size),
+                config=recipe.basis,
+                seed=self.clock.seed,
+                centred=split.mean_first,
+                ordered=operand == "grad_output" and recipe.spectral_learning_rate is not None,
+                device=device,
+            )
+            if operand in old:
+                basis.take_over(old[operand])  # type: ignore[arg-type]
+            bases[operand] = basis
+        return bases
+
+    def set_recipe(self, recipe: Recipe, device: Any) -> None:
+        """Compute by `recipe` from the next forward pass on; call it between optimizer steps, on every rank.
+
+        What an operand is split along carries over (`OperandBasis.take_over`); an operand that gains a split
+        runs unsplit until its first refresh, one that loses it forgets its basis. A borrowed basis is given
+        back: change the owner first, then borrow again.
+        Raises ConfigError for other trained parameters, ShapeError where sizes do not fit.
+        """
+        if recipe == self.recipe:
+            return
+        require_same_parameters(f"{self.layer}: recipe", self.recipe, recipe)
+        _check_features(recipe, self.layer, self.in_features, self.out_features)
+        own = nn.ModuleDict({name: b for name, b in self.bases.items() if name not in self.borrowed})
+        self.bases = self._bases_for(recipe, own, device)
+        self.recipe, self.borrowed = recipe, frozenset()
 
     def borrow_input_basis(self, owner: LinearCore) -> None:
         """Use the input basis of `owner`, a linear that reads the same input; only the owner sketches and
@@ -582,6 +634,16 @@ class MetisLinear(nn.Module):
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
         self.weight.grad.add_(gradient)
+
+    def set_recipe(self, recipe: Recipe | str) -> None:
+        """Compute by another recipe (a value, a name or a file) from the next forward pass on.
+
+        Call it between optimizer steps; bases carry over as in `LinearCore.set_recipe`, with its errors.
+        """
+        recipe = resolve_recipe(recipe) if isinstance(recipe, str) else recipe
+        self.core.set_recipe(recipe, self.weight.device)
+        if self.factors is not None:
+            self.factors = self.factors.under(recipe)
 
     def after_step(self) -> None:
         """Renew the bases from this step's sketches and enter the next step (with a clock of one's own)."""

@@ -217,7 +217,7 @@ def resolve_recipe(spec: str) -> Recipe:
             f"must be one of {', '.join(RECIPES)}, received {base!r}{nearest_name(str(base), RECIPES)}",
         )
     data.setdefault("name", path.stem)
-    return from_dict(Recipe, _merged(to_dict(RECIPES[base]), data), f"--recipe {spec}")
+    return with_changes(RECIPES[base], data, f"--recipe {spec}")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -235,6 +235,14 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
 def with_overrides(recipe: Recipe, **changes: Any) -> Recipe:
     """Return `recipe` with top-level fields replaced, validated again."""
     return replace(recipe, **changes)
+
+
+def with_changes(recipe: Recipe, changes: Mapping[str, Any], where: str) -> Recipe:
+    """Return `recipe` with nested plain `changes` merged in; None removes a section.
+
+    Raises ConfigError with `where` extended by the path of an unknown or wrong setting.
+    """
+    return from_dict(Recipe, _merged(to_dict(recipe), changes), where)
 
 
 def read_mapping(path: Path, where: str) -> dict[str, Any]:

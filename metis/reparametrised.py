@@ -14,13 +14,13 @@ over the ranks here, in backward, and must not be reduced again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metis.config import QuantizerConfig, ReparametrisationConfig
+from metis.config import QuantizerConfig, Recipe, ReparametrisationConfig
 from metis.errors import ConfigError
 from metis.gemm import product
 from metis.operand import Axis, encode
@@ -55,6 +55,11 @@ class FactorPath:
     in_features: Axis
     out_features: Axis
     amax_scope: str
+
+    def under(self, recipe: Recipe) -> FactorPath:
+        """Return the path of the same factors under another reparametrised recipe."""
+        assert recipe.reparametrisation is not None
+        return replace(self, config=recipe.reparametrisation, amax_scope=recipe.amax_scope)
 
     def __call__(self, x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         """Return this rank's [M, N] contribution for x [M, K], in x's dtype."""

@@ -68,7 +68,8 @@ class BasisState:
     v: [K, q] bf16; in phase warm the columns past r are zero.
     z: [K, q] float64 and gram: [q, q] float64, sums since the last refresh. row_count: rows in them, over all
     ranks. last_refresh_step: optimizer step after which v was made, -1 for none. num_kept: refreshes that
-    kept the old v. num_refreshes: those that made a new one. energies: [q] float64, singular values of V^T Z
+    kept the old v. num_refreshes: those that made a new one
+    since the last cold start. energies: [q] float64, singular values of V^T Z
     when v was made and ordered (sigma_i^2 of the rows sketched), else zero.
     """
 
@@ -256,7 +257,7 @@ def refresh(
         return state
     becomes_warm = state.phase == "warm" or state.num_refreshes + 1 >= num_cold_steps
     v = _next_basis(state, NoisePosition(step, 0), refill_key, becomes_warm)
-    cleared = replace(state, z=torch.zeros_like(state.z), gram=torch.zeros_like(state.gram), row_count=0)
+    cleared = without_sketch(state)
     if v is None:
         return replace(cleared, num_kept=state.num_kept + 1)
     energies = torch.zeros_like(state.energies)
@@ -304,6 +305,48 @@ def _ritz_rotation(gram_qq: Tensor, rank: int) -> Tensor:
     top = eigenvalues.flip(0)[:rank]
     keep = top > noise_level(gram_qq.shape[0]) * top[0]
     return with_fixed_signs(eigenvectors.flip(1)[:, :rank][:, keep])
+
+
+def resized(
+    state: BasisState, rank: int, oversample: int, *, key: tuple[int, int], refill_key: tuple[int, int]
+) -> BasisState:
+    """Return a basis of another rank or width that goes on with the directions of `state`.
+
+    state: with all K rows of v. Its leading columns (power steps keep them strongest first) are completed by
+    random directions orthonormal to them; the leading `rank` are in use at once, so that the head never gets
+    worse than it was for a larger rank. The phase is cold again: the next refreshes sketch the whole new
+    width and end with its strongest directions. Rows sketched so far are dropped. A state that has no basis
+    yet starts over.
+
+    key: as in `empty_state`. refill_key: stream of the random directions, at position `last_refresh_step`.
+    """
+    fresh = empty_state(key, state.v.shape[0], rank, oversample, device=state.v.device)
+    if state.phase == "empty":
+        return fresh
+    width = fresh.v.shape[1]
+    v = orthonormalize(
+        sketch_directions(state)[:, :width].to(torch.float64),
+        refill_key=refill_key,
+        num_columns=width,
+        position=NoisePosition(state.last_refresh_step, 0),
+    ).v
+    if v is None:
+        return fresh
+    energies, kept = torch.zeros_like(fresh.energies), min(width, state.energies.numel())
+    energies[:kept] = state.energies[:kept]
+    return replace(
+        fresh,
+        phase="cold",
+        v=v.to(torch.bfloat16),
+        energies=energies,
+        last_refresh_step=state.last_refresh_step,
+        num_kept=state.num_kept,
+    )
+
+
+def without_sketch(state: BasisState) -> BasisState:
+    """Return the state with the rows sketched since the last refresh forgotten."""
+    return replace(state, z=torch.zeros_like(state.z), gram=torch.zeros_like(state.gram), row_count=0)
 
 
 def largest_principal_angle(before: BasisState, after: BasisState) -> float | None:

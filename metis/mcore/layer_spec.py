@@ -1,7 +1,8 @@
 """The transformer block as a list of layer specs: which class computes each linear, norm and attention.
 
-A policy gives every linear its recipe by global path. `bf16` linears are the engine's own classes; all others
-are ours with the recipe, the path and the run's clock bound in. Neither the model nor the layers mention FP4.
+A policy gives every linear its recipe by global path. Linears that are `bf16` for the whole run are the
+engine's own classes; all others are ours with the recipe, the path and the run's clock bound in. Neither the
+model nor the layers mention FP4.
 
 Trap: megatron-core 0.16.1 calls `linear_qkv` of a spec directly and builds the other linears through
 `build_module`, so the first is a `functools.partial` and the others are `ModuleSpec`s with parameters.
@@ -10,7 +11,7 @@ Trap: megatron-core 0.16.1 calls `linear_qkv` of a spec directly and builds the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -49,18 +50,22 @@ def block_spec(
     use_transformer_engine: bool,
     backend: GemmBackend | None,
     vp_stage: int | None = None,
+    ours: Collection[str] | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the specs of the layers that this pipeline stage builds.
 
-    recipes: recipe of every linear by global path. use_transformer_engine: norms and attention are
-    Transformer Engine's, and so are the linears of layers that are entirely bf16. backend: who multiplies the
-    FP4 operands of our linears; None: all linears are Transformer Engine's, and the config's FP4 switches say
-    which of them quantise.
+    recipes: recipe of every linear by global path, at the start of the run. ours: the paths that are built as
+    our classes because their recipe is, or will be, another than the engine's linear (None: those whose
+    recipe is now). use_transformer_engine: norms and attention are Transformer Engine's, and so are the
+    linears of layers that are entirely bf16. backend: who multiplies the FP4 operands of our linears; None:
+    all linears are Transformer Engine's, and the config's FP4 switches say which of them quantise.
     """
+    if ours is None:
+        ours = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     specs = [
-        _layer_spec(config, index, recipes, clock, use_transformer_engine, backend)
+        _layer_spec(config, index, recipes, ours, clock, use_transformer_engine, backend)
         for index in range(first, first + count)
     ]
     if use_transformer_engine:
@@ -74,6 +79,7 @@ def _layer_spec(
     config: TransformerConfig,
     index: int,
     recipes: Mapping[str, Recipe],
+    ours: Collection[str],
     clock: TrainingClock,
     use_transformer_engine: bool,
     backend: GemmBackend | None,
@@ -93,17 +99,17 @@ def _layer_spec(
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        if backend is None or all(recipes[path].is_high_precision for path in paths.values()):
+        if backend is None or not any(path in ours for path in paths.values()):
             return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm, attention = TENorm, TEDotProductAttention
 
     def linear(name: str) -> tuple[type, dict[str, Any]]:
-        recipe = recipes[paths[name]]
+        path = paths[name]
         is_column = name.endswith(("linear_qkv", "linear_fc1"))
-        if recipe.is_high_precision:
+        if path not in ours:
             return (ColumnParallelLinear if is_column else RowParallelLinear), {}
         cls = MetisColumnParallelLinear if is_column else MetisRowParallelLinear
-        return cls, {"recipe": recipe, "layer": paths[name], "clock": clock, "backend": backend}
+        return cls, {"recipe": recipes[path], "layer": path, "clock": clock, "backend": backend}
 
     def spec(name: str) -> ModuleSpec:
         cls, params = linear(name)

@@ -7,6 +7,9 @@ sequence parallelism the input of a column-parallel linear and the output gradie
 split and quantised on the shard and gathered as codes, with the same bits as if the matrix had been gathered
 first (which is what happens where blocks along tokens would cross ranks, and for reparametrised linears).
 
+The recipe can change between steps. While nothing is quantised or split the engine's own `_forward_impl`
+runs, so such a phase is bitwise what the engine's class computes.
+
 Reparametrised linears hold u [N, r], s [r], v [K, r] beside `weight` (the residual). Column-parallel: u
 sharded with the outputs; row-parallel: v sharded with the inputs; the other factor and s are replicated and
 their gradients are summed over the tensor-parallel group in backward.
@@ -87,6 +90,15 @@ class _RecipeLinear(torch.nn.Module):
                 set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             parameter.allreduce = True  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
+
+    def set_recipe(self, recipe: Recipe) -> None:
+        """Compute by `recipe` from the next forward pass on, with `LinearCore.set_recipe`'s terms; on every
+        rank.
+        """
+        self.core.set_recipe(recipe, self.weight.device)
+        self.recipe = recipe
+        if self.is_reparametrized:
+            self.factors = self.factors.under(recipe)
 
     @torch.no_grad()
     def load_full_weight(self, full: Tensor) -> None:
@@ -246,8 +258,18 @@ class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: Any,
-        **_unused: Any,
+        **engine_options: Any,
     ) -> Tensor:
+        if self.recipe.is_high_precision:
+            return super()._forward_impl(
+                input=input,
+                weight=weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                tp_group=tp_group,
+                **engine_options,
+            )
         if sequence_parallel:
             s, b = input.shape[0] * get_pg_size(tp_group), input.shape[1]
             sequence = self._sequence_shard("input", s, b)
@@ -293,7 +315,7 @@ class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
         part of the product when the output's gradient is encoded before it is gathered.
         """
         sequence = None
-        if self.sequence_parallel and self.input_is_parallel:
+        if self.sequence_parallel and self.input_is_parallel and not self.recipe.is_high_precision:
             sequence = self._sequence_shard("grad_output", input_.shape[0], input_.shape[1])
         if sequence is None:
             return super().forward(input_)
@@ -303,8 +325,10 @@ class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
         return output, self.bias
 
     def _forward_impl(  # type: ignore[override]
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, **_unused: Any
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, **engine_options: Any
     ) -> Tensor:
+        if self.recipe.is_high_precision:
+            return super()._forward_impl(input=input, weight=weight, bias=bias, **engine_options)
         return self._compute(input, weight, bias)
 
     def sharded_state_dict(

@@ -1,12 +1,13 @@
-"""The method's state across a whole model: find our linears, renew their bases after an optimizer step."""
+"""The method's state across a whole model: find our linears, renew their bases, change their recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from metis.config import Recipe
 from metis.mcore.linear import MetisColumnParallelLinear, MetisRowParallelLinear
 from metis.nn import advance_bases
 
@@ -37,3 +38,13 @@ def advance_model_bases(model_chunks: Iterable[nn.Module], step: int, token_grou
     advance_bases(
         [(linear.core, linear.weight) for linear in recipe_linears(model_chunks)], step, token_group
     )
+
+
+def set_model_recipes(model_chunks: Iterable[nn.Module], recipes: Mapping[str, Recipe]) -> None:
+    """Give every linear of this rank its recipe out of `recipes`, keyed by global path; between optimizer
+    steps, on every rank.
+
+    Linears that are the engine's own class keep computing as they do.
+    """
+    for linear in recipe_linears(model_chunks):
+        linear.set_recipe(recipes[linear.layer_name])

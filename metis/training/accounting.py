@@ -123,9 +123,9 @@ def resolved_config(args: Namespace) -> dict[str, Any]:
 
     Needs validated `args`. `parameters` and `flops_per_iteration` are None while the vocabulary is unknown.
     """
-    from metis.config import CELL_NAMES
+    from metis.config import CELL_NAMES, to_dict
     from metis.policy import linear_paths, resolve_policy
-    from metis.recipes import resolve_recipe
+    from metis.schedule import schedule_of
 
     def select(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names}
@@ -137,9 +137,11 @@ def resolved_config(args: Namespace) -> dict[str, Any]:
         args.num_layers_at_start_in_bf16 if counts else None,
         args.num_layers_at_end_in_bf16 if counts else None,
     )
-    run_recipe = resolve_recipe(args.recipe)
+    schedule = schedule_of(args.resolved_schedule, args.recipe)
+    run_recipe = schedule.recipe_at(0)
     paths = linear_paths(args.num_layers)
-    recipes = {path: policy.recipe_for(path, run_recipe) for path in paths}
+    phases = schedule.recipes_by_phase(policy, args.num_layers)
+    recipes = phases[0]
     quantized = [path for path in paths if recipes[path].is_quantized]
     tokens = args.global_batch_size * args.seq_length
     known = args.padded_vocab_size is not None
@@ -159,6 +161,14 @@ def resolved_config(args: Namespace) -> dict[str, Any]:
             "cells": {name: args.resolved_recipe[name] for name in CELL_NAMES},
             **{key: value for key, value in args.resolved_recipe.items() if key not in (*CELL_NAMES, "name")},
         },
+        "recipe_schedule": [
+            {
+                "start_step": phase.start_step,
+                "recipe": to_dict(phase.recipe),
+                "num_quantized_linears": sum(used.is_quantized for used in phases[phase.start_step].values()),
+            }
+            for phase in schedule.phases
+        ],
         "policy": args.resolved_policy,
         "num_linears": len(paths),
         "num_quantized_linears": len(quantized),

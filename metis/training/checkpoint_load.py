@@ -13,6 +13,7 @@ megatron-core allows that.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,13 @@ class _Found:
 
 
 def load_checkpoint(
-    args: Namespace, state: TrainState, model: list[torch.nn.Module], optimizer: Any, scheduler: Any
+    args: Namespace,
+    state: TrainState,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    prepare: Callable[[int], Any] | None = None,
 ) -> bool:
     """Load what `--load` (or `--pretrained-checkpoint`) names; return whether a checkpoint was there.
     Collective.
@@ -73,6 +80,8 @@ def load_checkpoint(
     Fills `state`, the model chunks, optimizer, scheduler and random state in place. `--finetune`, converted
     (`release`) and pretrained weights start at iteration 0 with a fresh optimizer; `--no-load-optim` and
     `--no-load-rng` leave out that part. `optimizer` and `scheduler` may be None (evaluation, conversion).
+    `prepare` is called with the number of steps done (0 for fresh starts) before the model's state is
+    described.
 
     Raises CheckpointError on all ranks for a damaged or incompatible checkpoint, and for a missing one under
     `--exit-on-missing-checkpoint`.
@@ -84,6 +93,8 @@ def load_checkpoint(
         return False
     print_rank_0(f" loading distributed checkpoint from {found.root} at iteration {found.iteration}")
     fresh = found.release or found.finetune
+    if prepare is not None:
+        prepare(0 if fresh else found.iteration)
     load_optimizer = optimizer is not None and not fresh and not getattr(args, "no_load_optim", False)
     load_rng = not fresh and not getattr(args, "no_load_rng", False) and _rng_fits(args, found)
     if load_optimizer and found.iteration == 0:

@@ -43,6 +43,7 @@ from metis.training.outputs import (
     theoretical_memory_line,
 )
 from metis.training.profiling import Profiler
+from metis.training.recipe_phases import RecipePhases
 from metis.training.state import TrainState
 from metis.training.step import StepRunner
 from metis.training.telemetry import StepReport, TrainingLog
@@ -72,7 +73,8 @@ class Run:
         self._report_theoretical_memory()
         print_datetime("after model, optimizer, and learning rate scheduler are built")
         trained = (None, None) if args.skip_train else (self.optimizer, self.scheduler)
-        checkpointing.load_checkpoint(args, self.state, self.model, *trained)
+        self.phases = RecipePhases(args, self.model)
+        checkpointing.load_checkpoint(args, self.state, self.model, *trained, prepare=self.phases.restore)
         update_num_microbatches(self.state.consumed_train_samples, consistency_check=False)
         set_train_iterations(args)
         self.train_data, self.valid_data, self.test_data = build_data_iterators(
@@ -250,6 +252,7 @@ def _one_iteration(run: Run) -> None:
     update_num_microbatches(state.consumed_train_samples, consistency_check=True, verbose=True)
     batch_size = get_current_global_batch_size()
     flops = flops_per_iteration(args, batch_size)
+    run.phases.enter(state.iteration)
     if state.iteration in args.iterations_to_skip:
         run.steps.skip_batch(run.train_data)
         state.iteration += 1

@@ -39,8 +39,8 @@ from metis.mcore.initialization import initialize_parameters
 from metis.mcore.layer_spec import block_spec
 from metis.mcore.model import LlamaModel
 from metis.mcore.state import recipe_linears
-from metis.policy import linear_paths, resolve_policy
-from metis.recipes import resolve_recipe
+from metis.policy import resolve_policy
+from metis.schedule import all_uses, schedule_of
 from metis.training.gemm_backend import TRANSFORMER_ENGINE, edge_counts, resolve_gemm_backend
 from metis.training.outputs import print_rank_0
 
@@ -75,8 +75,8 @@ def uses_transformer_engine(args: Namespace) -> bool:
     return use
 
 
-def recipes_of(args: Namespace) -> dict[str, Recipe]:
-    """Return the recipe of every linear by global path."""
+def recipes_by_phase(args: Namespace) -> dict[int, dict[str, Recipe]]:
+    """Return the recipe of every linear by global path, for each phase, keyed by its first step."""
     counts = args.first_last_layers_bf16
     policy = resolve_policy(
         args.policy,
@@ -84,8 +84,13 @@ def recipes_of(args: Namespace) -> dict[str, Recipe]:
         args.num_layers_at_start_in_bf16 if counts else None,
         args.num_layers_at_end_in_bf16 if counts else None,
     )
-    recipe = resolve_recipe(args.recipe)
-    return {path: policy.recipe_for(path, recipe) for path in linear_paths(args.num_layers)}
+    schedule = schedule_of(getattr(args, "resolved_schedule", None), args.recipe)
+    return schedule.recipes_by_phase(policy, args.num_layers)
+
+
+def recipes_of(args: Namespace) -> dict[str, Recipe]:
+    """Return the recipe of every linear by global path at step 0."""
+    return recipes_by_phase(args)[0]
 
 
 def transformer_config(
@@ -179,15 +184,17 @@ def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> 
     wrap: add `Float16Module` and megatron-core's data parallelism (training); without it plain modules come
     back.
     """
-    recipes = recipes_of(args)
-    backend = resolve_gemm_backend(args, recipes)
+    phases = recipes_by_phase(args)
+    recipes = phases[0]
+    ours = {path for used in phases.values() for path, recipe in used.items() if not recipe.is_high_precision}
+    backend = resolve_gemm_backend(args, all_uses(phases))
     use_te = uses_transformer_engine(args)
     config = transformer_config(args, use_te, edge_counts(recipes) if backend is None else None)
     num_chunks = args.virtual_pipeline_model_parallel_size or 1
     chunks: list[nn.Module] = []
     for stage in range(num_chunks):
         vp_stage = stage if args.virtual_pipeline_model_parallel_size else None
-        spec = _layer_spec(args, config, recipes, clock, use_te, backend, vp_stage)
+        spec = _layer_spec(args, config, recipes, ours, clock, use_te, backend, vp_stage)
         chunks.append(_chunk(args, config, spec, vp_stage))
     if args.device == "cuda":
         chunks = [chunk.cuda() for chunk in chunks]
@@ -196,7 +203,7 @@ def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> 
     for chunk in chunks:
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    _report(args, chunks, recipes)
+    _report(args, chunks, recipes, ours)
     if args.bf16 or args.fp16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     return _data_parallel(args, config, chunks) if wrap else chunks
@@ -215,6 +222,7 @@ def _layer_spec(
     args: Namespace,
     config: TransformerConfig,
     recipes: dict[str, Recipe],
+    ours: set[str],
     clock: TrainingClock,
     use_te: bool,
     backend: GemmBackend | None,
@@ -223,7 +231,7 @@ def _layer_spec(
     if args.spec:
         return _imported_spec(args, config, vp_stage)
     return block_spec(
-        config, recipes, clock, use_transformer_engine=use_te, backend=backend, vp_stage=vp_stage
+        config, recipes, clock, use_transformer_engine=use_te, backend=backend, vp_stage=vp_stage, ours=ours
     )
 
 
@@ -296,7 +304,7 @@ def _data_parallel(args: Namespace, config: TransformerConfig, chunks: list[nn.M
     return wrapped
 
 
-def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]) -> None:
+def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe], ours: set[str]) -> None:
     """Print parameter counts per model-parallel rank, and how many linears each recipe computes."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
@@ -327,8 +335,7 @@ def _report(args: Namespace, chunks: list[nn.Module], recipes: dict[str, Recipe]
         for recipe in {recipe.name: recipe for recipe in recipes.values() if recipe.is_quantized}.values():
             print(f" > recipe {recipe.name},{describe(recipe).removeprefix(' >')}", flush=True)
     built = {linear.layer_name for linear in linears}
-    expected = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
-    assert args.spec or built <= expected, sorted(built - expected)
+    assert args.spec or built <= ours, sorted(built - ours)
 
 
 def _num_engine_fp4_linears(chunks: list[nn.Module]) -> int:

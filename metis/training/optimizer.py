@@ -14,7 +14,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
-from metis.errors import ConfigError
+from metis.training.learning_rate import schedule_lengths
 from metis.training.model import DTYPES
 
 
@@ -50,37 +50,23 @@ def build_optimizer(args: Namespace, model: list[nn.Module], timers: Any) -> Any
 
 def build_scheduler(args: Namespace, optimizer: Any) -> OptimizerParamScheduler:
     """Return the learning-rate and weight-decay schedule, in samples whichever unit the arguments use."""
-    if args.train_samples is not None:
-        decay = args.lr_decay_samples or args.train_samples
-        warmup: float = args.lr_warmup_samples
-        wsd = args.lr_wsd_decay_samples
-        total = args.train_samples
-    elif args.train_iters is not None:
-        batch = args.global_batch_size
-        decay = (args.lr_decay_iters or args.train_iters or 1) * batch  # none to train: --skip-train
-        warmup = args.lr_warmup_iters * batch
-        wsd = None if args.lr_wsd_decay_iters is None else args.lr_wsd_decay_iters * batch
-        total = args.train_iters * batch
-    else:
-        raise ConfigError("--train-iters", "or --train-samples must be given, received neither")
-    if args.lr_warmup_fraction is not None:
-        warmup = args.lr_warmup_fraction * decay
+    lengths = schedule_lengths(args)
     constant = args.weight_decay_incr_style == "constant"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=args.lr_warmup_init,
         max_lr=args.lr,
         min_lr=args.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
+        lr_warmup_steps=lengths.warmup,
+        lr_decay_steps=lengths.decay,
         lr_decay_style=args.lr_decay_style,
         start_wd=args.weight_decay if constant else args.start_weight_decay,
         end_wd=args.weight_decay if constant else args.end_weight_decay,
-        wd_incr_steps=total,
+        wd_incr_steps=lengths.total,
         wd_incr_style=args.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=args.override_opt_param_scheduler,
-        wsd_decay_steps=wsd,
+        wsd_decay_steps=lengths.wsd,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
     )
 

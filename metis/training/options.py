@@ -117,6 +117,8 @@ _MODEL = (
 _RECIPE = (
     _opt("--recipe", str, "bf16", "how linears compute: bf16, nvfp4, metis, ... or a .yaml/.json file",
          "mcore"),
+    _opt("--recipe-schedule", str, None,
+         "YAML or JSON file of phases in which another recipe applies; none: one recipe all along", "schedule"),
     _opt("--policy", str, None, "where the recipe applies: 'all' or a file; none: all but the last blocks",
          "mcore"),
     _opt("--gemm-backend", str, "auto",

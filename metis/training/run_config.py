@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import platform
 from argparse import Namespace
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from metis.errors import CheckpointError
 from metis.training.retention import find_checkpoint
 
+_NEW_RUN = "--finetune to start a new run from these weights"
 RUN_CONFIG_NAME = "run_config.json"
 FORMAT = 1
 
@@ -78,6 +80,7 @@ PARALLEL_FIELDS = (
 )
 TRAINING_FIELDS = (
     "recipe",
+    "recipe_schedule",
     "policy",
     "first_last_layers_bf16",
     "num_layers_at_start_in_bf16",
@@ -110,7 +113,8 @@ def build_run_config(
         "format": FORMAT,
         "iteration": iteration,
         "model": _select(args, SHAPE_FIELDS + BEHAVIOUR_FIELDS + DESCRIPTIVE_FIELDS),
-        "recipe": getattr(args, "resolved_recipe", None),
+        "recipe": _recipe_after(args, iteration),
+        "recipe_schedule": getattr(args, "resolved_schedule", None),
         "policy": getattr(args, "resolved_policy", None),
         "factored_linears": getattr(args, "factored_linears", None),
         "parallel": _select(args, PARALLEL_FIELDS),
@@ -188,20 +192,49 @@ def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, 
         _refuse(where, "reparametrisation", factored, wanted_factored, remedy)
     if finetune:
         return
-    for kind in ("recipe", "policy"):
-        wanted = getattr(args, f"resolved_{kind}", None)
-        if stored.get(kind) is not None and wanted is not None:
-            # JSON turns tuples into lists, so both sides take that form before they are compared.
-            as_stored = json.loads(json.dumps(wanted))
-            _refuse(where, kind, stored[kind], as_stored, "--finetune to start a new run from these weights")
+    if stored.get("recipe") is not None and getattr(args, "resolved_recipe", None) is not None:
+        _check_recipes(where, stored, args)
+    policy = getattr(args, "resolved_policy", None)
+    if stored.get("policy") is not None and policy is not None:
+        _refuse(where, "policy", stored["policy"], _as_json(policy), _NEW_RUN)
     _refuse_other_shards(where, stored, args)
+
+
+def _check_recipes(where: str, stored: Mapping[str, Any], args: Namespace) -> None:
+    """Compare recipes: in all phases where a run has more than one, under `--skip-train` the one in force."""
+    ours, theirs = getattr(args, "resolved_schedule", None), stored.get("recipe_schedule")
+    if getattr(args, "skip_train", False) or (ours is None and theirs is None):
+        recipe = _recipe_after(args, stored.get("iteration", 0))
+        _refuse(where, "recipe", stored["recipe"], _as_json(recipe), _NEW_RUN)
+        return
+    theirs = theirs or {"start_steps": [0], "recipes": [stored["recipe"]]}
+    ours = _as_json(ours or {"start_steps": [0], "recipes": [args.resolved_recipe]})
+    starts = [{"start_steps": schedule["start_steps"]} for schedule in (theirs, ours)]
+    _refuse(where, "recipe schedule", *starts, _NEW_RUN)
+    pairs = zip(theirs["recipes"], ours["recipes"], strict=True)
+    for step, (stored_recipe, recipe) in zip(ours["start_steps"], pairs, strict=True):
+        _refuse(where, f"recipe from step {step} on", stored_recipe, recipe, _NEW_RUN)
+
+
+def _recipe_after(args: Namespace, num_steps: int) -> Any:
+    """Return the plain recipe that the model computes by after `num_steps` steps of a run of `args`."""
+    schedule = getattr(args, "resolved_schedule", None)
+    if schedule is None:
+        return getattr(args, "resolved_recipe", None)
+    return schedule["recipes"][bisect_right(schedule["start_steps"], max(0, num_steps - 1)) - 1]
+
+
+def _as_json(value: Any) -> Any:
+    """Return `value` as it comes back from a file: JSON turns tuples into lists."""
+    return json.loads(json.dumps(value))
 
 
 def _refuse_other_shards(where: str, stored: Mapping[str, Any], args: Namespace) -> None:
     """Refuse bases that belong to single tensor-parallel ranks when this run has another number of ranks."""
     name = "tensor_model_parallel_size"
     size, wanted = (stored.get("parallel") or {}).get(name), getattr(args, name, None)
-    if _keeps_local_bases(stored) and None not in (size, wanted) and size != wanted:
+    bases = _keeps_local_bases([stored.get("recipe"), stored.get("policy")])
+    if bases and None not in (size, wanted) and size != wanted:
         raise CheckpointError(
             where,
             f"holds a basis per tensor-parallel rank (basis.tp_mode: local) and must be loaded at {name} "
@@ -252,8 +285,8 @@ def load_args_from_checkpoint(args: Namespace, given: set[str]) -> None:
 
     `given` holds the dest names that the command line set; those win. `--use-mp-args-from-checkpoint-args`
     adds the tensor, pipeline and virtual pipeline sizes; `--no-use-tokenizer-model-from-checkpoint-args`
-    leaves the tokenizer's file alone. Recipe and policy are taken over by name. Needs neither torch nor
-    megatron.
+    leaves the tokenizer's file alone. Recipe, schedule and policy are taken over by name, the schedule unless
+    a recipe is given. Needs neither torch nor megatron.
 
     Raises CheckpointError without `--load`, without a checkpoint there, or when it has no run config.
     """
@@ -279,7 +312,8 @@ def load_args_from_checkpoint(args: Namespace, given: set[str]) -> None:
     training = config["training"]
     by_count = given & set(_EDGE_FIELDS)
     places = () if by_count else ("policy",) if "policy" in given else ("policy", *_EDGE_FIELDS)
-    taken.update({name: training[name] for name in ("recipe", *places) if name in training})
+    recipes = ("recipe",) if given & {"recipe", "recipe_schedule"} else ("recipe", "recipe_schedule")
+    taken.update({name: training[name] for name in (*recipes, *places) if name in training})
     taken["tokenizer_type"] = config["model"].get("tokenizer_type")
     if getattr(args, "use_tokenizer_model_from_checkpoint_args", True):
         taken["tokenizer_model"] = training.get("tokenizer_model")

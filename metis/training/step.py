@@ -26,8 +26,9 @@ from metis.clock import TrainingClock
 from metis.errors import MetisError
 from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
+from metis.schedule import all_uses
 from metis.training.batches import batch_on_this_cp_rank
-from metis.training.model import recipes_of
+from metis.training.model import recipes_by_phase
 from metis.training.telemetry import LM_LOSS
 
 DUAL_RANGE_LOSS = "dual-range loss"
@@ -84,8 +85,8 @@ class StepRunner:
     ) -> None:
         self.args, self.model, self.clock, self.timers = args, model, clock, timers
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.tracks_weights = any("weight" in linear.core.bases for linear in recipe_linears(model))
-        self.has_penalties = any(recipe.dual_range is not None for recipe in recipes_of(args).values())
+        uses = all_uses(recipes_by_phase(args)).values()
+        self.has_penalties = any(recipe.dual_range is not None for recipe in uses)
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
 
@@ -148,7 +149,7 @@ class StepRunner:
         applied, grad_norm, num_zeros = self.optimizer.step()
         self.timers("optimizer").stop()
         applied = _all_ranks_agree(applied)
-        if args.overlap_param_gather and self.tracks_weights:
+        if args.overlap_param_gather and self._tracks_weights():
             # The bases of the weights are renewed now, and this rank has updated its own part only so far.
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
@@ -174,6 +175,9 @@ class StepRunner:
             return {}
         value = add_weight_penalties(self.model, float(self.optimizer.get_loss_scale()))
         return {DUAL_RANGE_LOSS: value} if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else {}
+
+    def _tracks_weights(self) -> bool:
+        return any("weight" in linear.core.bases for linear in recipe_linears(self.model))
 
     @torch.no_grad()
     def evaluate(self, data_iterator: Any, num_iterations: int) -> dict[str, float]:

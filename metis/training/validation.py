@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from metis.training.accounting import linear_shards, linear_sizes
-from metis.training.gemm_backend import check_gemm_backend
+from metis.training.gemm_backend import TRANSFORMER_ENGINE, check_gemm_backend
+from metis.training.learning_rate import num_training_steps, step_at_lr_fraction
 from metis.training.validation_checks import require, warn
 from metis.training.validation_layout import (
     check_batch,
@@ -42,7 +44,8 @@ def validate_args(args: Namespace, world_size: int) -> None:
     Derived: data_parallel_size, global_batch_size, ffn_hidden_size, kv_channels, num_query_groups,
     padded_vocab_size (when known without the tokenizer), virtual_pipeline_model_parallel_size,
     overlap_p2p_comm, batch_p2p_comm, sequence_parallel, params_dtype_name, split, recompute_granularity,
-    start/end_weight_decay, resolved_recipe, resolved_policy, factored_linears and others as in Megatron-LM.
+    start/end_weight_decay, resolved_recipe (of step 0), resolved_schedule, resolved_policy, factored_linears
+    and others as in Megatron-LM.
 
     Raises ConfigError at the first violation.
     """
@@ -157,8 +160,9 @@ def set_padded_vocab_size(args: Namespace, tokenizer_vocab_size: int) -> None:
 
 
 def _check_recipe(args: Namespace) -> None:
-    from metis.policy import recipes_by_path, resolve_policy
+    from metis.policy import resolve_policy
     from metis.recipes import recipe_to_dict, resolve_recipe
+    from metis.schedule import Schedule, all_uses, read_schedule
 
     if args.fp4 is not None:
         require(
@@ -177,16 +181,40 @@ def _check_recipe(args: Namespace) -> None:
     start = args.num_layers_at_start_in_bf16 if by_count else None
     end = args.num_layers_at_end_in_bf16 if by_count else None
     policy = resolve_policy(args.policy, args.num_layers, start, end)
-    args.resolved_recipe = recipe_to_dict(recipe)
+    schedule, args.resolved_schedule = Schedule.constant(recipe), None
+    if args.recipe_schedule is not None:
+        schedule = read_schedule(args.recipe_schedule, recipe, partial(step_at_lr_fraction, args))
+        args.resolved_schedule = schedule.to_dict()
+        _check_phases(args, schedule.start_steps)
+    args.resolved_recipe = recipe_to_dict(schedule.recipe_at(0))
     args.resolved_policy = policy.to_dict()
-    recipes = recipes_by_path(policy, recipe, args.num_layers)
     args.factored_linears = {}
-    for path, used in recipes.items():
-        _check_ranks(args, path, used)
-        _check_linear(args, path, used)
-    check_gemm_backend(args, recipes)
+    phases = schedule.recipes_by_phase(policy, args.num_layers)
+    for recipes in phases.values():
+        for path, used in recipes.items():
+            _check_ranks(args, path, used)
+            _check_linear(args, path, used)
+    check_gemm_backend(args, all_uses(phases))
     if args.spec is not None:
-        _check_spec(args, recipes)
+        _check_spec(args, all_uses(phases))
+
+
+def _check_phases(args: Namespace, start_steps: list[int]) -> None:
+    """Say which phases of the recipe schedule this run does not reach; refuse what cannot change recipes."""
+    require(
+        args.gemm_backend != TRANSFORMER_ENGINE or len(start_steps) == 1,
+        "--gemm-backend",
+        f"{TRANSFORMER_ENGINE} must not be combined with --recipe-schedule: its linears keep one recipe; use "
+        "scaled_mm, emulated or auto",
+    )
+    num_steps = num_training_steps(args)
+    late = [step for step in start_steps if num_steps is not None and step >= num_steps]
+    if late and not args.skip_train:
+        warn(
+            args,
+            f"--recipe-schedule: the phase from step {late[0]} on does not begin within the {num_steps} "
+            "iterations of this run",
+        )
 
 
 def _check_spec(args: Namespace, recipes: Mapping[str, Any]) -> None:

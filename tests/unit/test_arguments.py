@@ -131,6 +131,7 @@ OUR_DEFAULTS = {
     "eval_interval": 1000,
     "preset": None,
     "recipe": "bf16",
+    "recipe_schedule": None,
     "policy": None,
     "exact_reductions": False,
     "gemm_backend": "auto",
