@@ -35,6 +35,7 @@ CELLS_WITH_TOKENS_ON_COLUMNS = ("wgrad_grad_output", "wgrad_input")
 """Their matrix is [features, tokens]: wgrad contracts over tokens, so that is where its blocks run."""
 
 _STREAM = "diagnostics"
+_SCALE_ROUNDINGS = 1.0 + 2.0**-20
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
@@ -83,19 +84,25 @@ def zeroed_share(reference: Tensor, encoded: QuantizedTensor) -> float:
     return int((nonzero & (x_hat == 0)).sum()) / count if count else 0.0
 
 
+def exceeds_block_limit(reference: Tensor, encoded: QuantizedTensor) -> Tensor:
+    """Return where an element of `reference` is above what its block can hold, bool [R, C].
+
+    |x| > element_max * block_scale * tensor_scale, by more than the roundings of the scales themselves.
+    """
+    x, _ = _same_shape("exceeds_block_limit", reference, encoded.values)
+    limit = torch.full_like(x, encoded.element_max * _SCALE_ROUNDINGS) * encoded.tensor_scale()
+    if encoded.block_scale is not None and encoded.block_shape is not None:
+        limit = multiply_blocks(limit, encoded.block_scale.to(torch.float64), encoded.block_shape)
+    return x.abs() > limit
+
+
 def saturated_share(reference: Tensor, encoded: QuantizedTensor) -> float:
     """Return the share of elements of `reference` above what their block can hold, in [0, 1].
 
-    |x| > 6 * block_scale * tensor_scale. Happens where a block scale was rounded down (half of the blocks, so
-    about 1/32 of the elements of Gaussian data); it biases stochastic rounding too.
+    Happens where a block scale was rounded down (half of the blocks, so about 1/32 of the elements of
+    Gaussian data); it biases stochastic rounding too.
     """
-    x, _ = _same_shape("saturated_share", reference, encoded.values)
-    limit = multiply_blocks(
-        torch.full_like(x, 6.0),
-        encoded.block_scale.to(torch.float64) * encoded.tensor_scale().to(torch.float64),
-        encoded.block_shape,
-    )
-    return float((x.abs() > limit).to(torch.float64).mean())
+    return float(exceeds_block_limit(reference, encoded).to(torch.float64).mean())
 
 
 def encode_gaussian(

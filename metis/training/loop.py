@@ -161,7 +161,7 @@ class Run:
         """Evaluate on `data` and report; the validation stream moves on."""
         args = self.args
         with self.complete_parameters():
-            losses = self.steps.evaluate(data, args.eval_iters)
+            losses = self.steps.evaluate(data, args.eval_iters, iteration=self.state.iteration)
         if data is self.valid_data:
             self.state.consumed_valid_samples += args.eval_iters * args.global_batch_size
         self.log.validation(losses, self.state, where=where, to_metrics=to_metrics)
@@ -281,9 +281,11 @@ def _one_iteration(run: Run) -> None:
         num_zeros=result.num_zeros,
         params_norm=params_norm,
         skipped=not result.applied,
+        nonfinite=result.nonfinite,
         num_floating_point_operations=flops,
     )
     run.log.record(report, state)
+    run.log.quantization(run.steps.quantization.collect(), state.iteration)
     _periodic(run)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ _WHERE = "--metrics-file"
 
 
 class MetricsFile:
-    """Append-only JSON lines of kind `train` (one per iteration) and `validation` (one per evaluation).
+    """Append-only JSON lines of kind `train` (one per iteration), `validation` (one per evaluation) and
+    `quantization` (one per layer and operand of a measured iteration).
 
     `resume_iteration` is the iteration that was loaded, 0 for a new run; without `keep_validation` a
     validation made right at it goes as well, because this job will make it again. The constructor repairs the
@@ -109,6 +111,10 @@ class MetricsFile:
     def validation(self, *, iteration: int, validation_loss: float | None) -> None:
         """Append the line of one evaluation, made after `iteration` training steps."""
         self._write(kind="validation", iteration=iteration, validation_loss=validation_loss)
+
+    def quantization(self, *, iteration: int, layer: str, cell: str, metrics: Mapping[str, float]) -> None:
+        """Append the line of one operand, measured in training step `iteration`."""
+        self._write(kind="quantization", iteration=iteration, layer=layer, cell=cell, **metrics)
 
     def _write(self, **values: Any) -> None:
         assert self._stream is not None, "the metrics file is closed"

@@ -135,6 +135,9 @@ _RECIPE = (
     _opt("--num-layers-at-end-in-bf16", int, 1, "blocks; giving it implies --first-last-layers-bf16",
          "validation",
          low=0),
+    _opt("--nonfinite-operands", str, "stop",
+         "NaN or infinity in an operand of a low-precision GEMM: stop with its name, skip the step, or ignore",
+         "operand_guard", choices=("stop", "skip", "ignore")),
     _switch("--exact-reductions", "test mode: every sum a layout can split is formed in float64",
             "mcore, optimizer"),
 )
@@ -367,6 +370,8 @@ _LOGGING = (
     _switch("--full-validation", "evaluate on the whole validation set", "loop"),
     _opt("--log-interval", int, 100, "iterations between log lines", "telemetry", low=1),
     _opt("--metrics-file", str, None, "JSON lines: one object per iteration and validation", "telemetry"),
+    _opt("--log-quantization-interval", int, 0,
+         "iterations between measurements of every quantised operand; 0: never", "quantization_log", low=0),
     _opt("--tensorboard-dir", str, None, "directory of TensorBoard events", "telemetry"),
     _opt("--tensorboard-log-interval", int, 1, "iterations between TensorBoard points", "telemetry", low=1),
     _opt("--tensorboard-queue-size", int, 1000, "pending TensorBoard events", "telemetry", low=1),

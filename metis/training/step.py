@@ -23,32 +23,38 @@ from megatron.core.timers import Timers
 from torch import Tensor, nn
 
 from metis.clock import TrainingClock
-from metis.errors import MetisError
 from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
 from metis.schedule import all_uses
 from metis.training.batches import batch_on_this_cp_rank
 from metis.training.model import recipes_by_phase
+from metis.training.operand_guard import (
+    Finding,
+    NonFiniteError,
+    OperandGuard,
+    gradient_error,
+    operand_error,
+)
+from metis.training.outputs import print_rank_last
+from metis.training.quantization_log import QuantizationLog
 from metis.training.telemetry import LM_LOSS
 
 DUAL_RANGE_LOSS = "dual-range loss"
 BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-class NonFiniteError(MetisError, RuntimeError):
-    """A loss or gradient that is NaN or infinite."""
-
-    found_by_one_rank = True
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outcome of one step; mean losses exist on the last pipeline stage only."""
+    """Outcome of one step; mean losses exist on the last pipeline stage only.
+
+    applied: the weights were updated. nonfinite: an operand held NaN or infinity, and the step was skipped.
+    """
 
     losses: dict[str, float]
     applied: bool
     grad_norm: float | None
     num_zeros: float | None
+    nonfinite: bool = False
 
 
 def _loss(loss_mask: Tensor, per_token: bool, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -89,6 +95,9 @@ class StepRunner:
         self.has_penalties = any(recipe.dual_range is not None for recipe in uses)
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
+        check_gradients = args.check_for_nan_in_loss_and_grad
+        self.guard = OperandGuard(args.nonfinite_operands, model, clock, check_gradients)
+        self.quantization = QuantizationLog(args.log_quantization_interval, model, clock)
 
     def _forward_step(self, data_iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
         """Run one microbatch through one model chunk; middle stages get the microbatch's position only."""
@@ -128,9 +137,8 @@ class StepRunner:
         num_microbatches = get_num_microbatches()
         batch_size = num_microbatches * args.micro_batch_size * args.data_parallel_size
         self.clock.begin_step(iteration, batch_size * args.seq_length)
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._zero_gradients()
+        self.quantization.begin_step(iteration)
         try:
             reports = self._run_schedule(data_iterator, num_microbatches, forward_only=False)
         except RuntimeError as error:
@@ -138,9 +146,15 @@ class StepRunner:
                 detail = re.search(r"message='([^']*)'", str(error))
                 raise _non_finite(iteration, f"a gradient ({detail[1] if detail else error})") from None
             raise
+        self.quantization.end_step()
         if args.empty_unused_memory_level >= 1 and args.device == "cuda":
             torch.cuda.empty_cache()
         losses = self._mean_losses(reports)
+        finding = self.guard.after_backward()
+        if finding.operands:
+            return self._skip_step(finding, iteration, losses)
+        if finding.gradients:
+            raise gradient_error(finding, iteration)
         if args.check_for_nan_in_loss_and_grad and not all(abs(v) < float("inf") for v in losses.values()):
             raise _non_finite(iteration, f"the loss ({losses})")
         self._note_spike(losses, iteration)
@@ -179,9 +193,30 @@ class StepRunner:
     def _tracks_weights(self) -> bool:
         return any("weight" in linear.core.bases for linear in recipe_linears(self.model))
 
+    def _zero_gradients(self) -> None:
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _skip_step(self, finding: Finding, iteration: int, losses: dict[str, float]) -> StepResult:
+        """Leave weights, bases and learning rate as they are, or raise unless told to skip such steps."""
+        where = f"iteration {iteration + 1}"
+        if self.guard.mode == "stop":
+            raise operand_error(finding, where, iteration)
+        print_rank_last(finding.warning(where, "the step is skipped"))
+        self._zero_gradients()
+        for linear in recipe_linears(self.model):
+            for basis in linear.core.bases.values():
+                basis.take_pending()
+        return StepResult(losses=losses, applied=False, grad_norm=None, num_zeros=None, nonfinite=True)
+
     @torch.no_grad()
-    def evaluate(self, data_iterator: Any, num_iterations: int) -> dict[str, float]:
-        """Return token-weighted mean losses over `num_iterations` global batches, by the recipe's forward."""
+    def evaluate(self, data_iterator: Any, num_iterations: int, *, iteration: int) -> dict[str, float]:
+        """Return token-weighted mean losses over `num_iterations` global batches, by the recipe's forward.
+
+        iteration: steps that the weights have seen, for messages. A non-finite operand is an error or, unless
+        `--nonfinite-operands stop`, a warning.
+        """
         args = self.args
         for chunk in self.model:
             chunk.eval()
@@ -193,6 +228,12 @@ class StepRunner:
         finally:
             for chunk in self.model:
                 chunk.train()
+        finding = self.guard.after_evaluation()
+        if finding.operands:
+            where = f"evaluation after iteration {iteration}"
+            if self.guard.mode == "stop":
+                raise operand_error(finding, where, None)
+            print_rank_last(finding.warning(where, "its loss says nothing"))
         return self._mean_losses(reports)
 
     def skip_batch(self, data_iterator: Any) -> None:

@@ -31,6 +31,8 @@ from metis.training.state import TrainState
 if TYPE_CHECKING:
     from megatron.core.timers import Timers
 
+    from metis.training.quantization_log import QuantizationRecord
+
 LM_LOSS = "lm loss"
 INTERVAL_TIMER = "interval-time"
 TIMER_NAMES = (
@@ -106,9 +108,10 @@ class StepReport:
     """One finished iteration, as plain numbers.
 
     `losses` holds means over the global batch (empty on pipeline stages without a loss); `learning_rate`,
-    `grad_norm`, `num_zeros` and `params_norm` are None where not computed; `skipped` says that the update
-    was not applied; `num_floating_point_operations` counts model FLOPs of this step over all ranks;
-    `extras` are additional TensorBoard scalars under `metis/`.
+    `grad_norm`, `num_zeros` and `params_norm` are None where not computed; `skipped` says that the update was
+    not applied, `nonfinite` that this was because of a NaN or infinity; `num_floating_point_operations`
+    counts model FLOPs of this step over all ranks; `extras` are additional TensorBoard scalars under
+    `metis/`.
     """
 
     iteration: int
@@ -120,6 +123,7 @@ class StepReport:
     num_zeros: float | None = None
     params_norm: float | None = None
     skipped: bool = False
+    nonfinite: bool = False
     num_floating_point_operations: float = 0.0
     extras: Mapping[str, float] = field(default_factory=dict)
 
@@ -202,7 +206,8 @@ class TrainingLog:
         interval = self._interval
         interval.advanced += not report.skipped
         interval.skipped += report.skipped
-        interval.nan += any(not math.isfinite(value) for value in report.losses.values())
+        lost = any(not math.isfinite(value) for value in report.losses.values())
+        interval.nan += report.nonfinite or lost
         interval.tokens += tokens
         interval.flops += report.num_floating_point_operations
         if not report.skipped:
@@ -309,6 +314,27 @@ class TrainingLog:
         self._add_scalars(scalars, state.iteration, samples=state.consumed_train_samples)
         if to_metrics and self._metrics is not None and LM_LOSS in losses:
             self._metrics.validation(iteration=state.iteration, validation_loss=losses[LM_LOSS])
+
+    def quantization(self, records: list[QuantizationRecord] | None, iteration: int) -> None:
+        """Write what quantisation did to each operand (`--log-quantization-interval`); None: nothing was
+        measured, or another rank has it.
+        """
+        if records is None:
+            return
+        from metis.training.quantization_log import summary
+
+        print_rank_last(summary(records, iteration))
+        scalars = {
+            f"quantization/{record.layer}/{record.cell}/{name}": value
+            for record in records
+            for name, value in record.metrics.items()
+            if math.isfinite(value)
+        }
+        self._add_scalars(scalars, iteration)
+        for record in records if self._metrics is not None else ():
+            self._metrics.quantization(
+                iteration=iteration, layer=record.layer, cell=record.cell, metrics=record.metrics
+            )
 
     def close(self) -> None:
         """Flush and close everything that this log writes to."""

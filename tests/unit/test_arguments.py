@@ -138,6 +138,8 @@ OUR_DEFAULTS = {
     "device": "auto",
     "keep_last_checkpoints": None,
     "metrics_file": None,
+    "log_quantization_interval": 0,
+    "nonfinite_operands": "stop",
     "print_config": False,
 }
 
