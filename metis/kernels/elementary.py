@@ -11,6 +11,7 @@ Traps:
   `propagate_nan` says so. Magnitudes are compared as integers, where NaN is the largest.
 * Bf16 is loaded, rounded and stored as integers: the interpreter truncates when casting (and rounds to E4M3
   wrongly where a carry reaches the exponent), and a GPU does the same work either way.
+* Signs are set as bits: some versions of Triton compute `-x` as `0 - x`, which is +0 for +0.
 * Integers that may wrap are added with `sanitize_overflow=False`, or the interpreter stops.
 
 Shape letters: R rows, C columns of a tile; B block size.
@@ -116,7 +117,7 @@ def e2m1_value(code):
     """Return the fp32 value of a code 0..15 (int32)."""
     low = code & 7
     value = tl.where(low < 2, low.to(tl.float32) * 0.5, ((low + 252) << 22).to(tl.float32, bitcast=True))
-    return tl.where(code >= E2M1_SIGN_BIT, -value, value)
+    return (value.to(tl.int32, bitcast=True) | ((code & E2M1_SIGN_BIT) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -37,12 +37,14 @@ def _amax_kernel(
 ):
     tiles_per_row = tl.cdiv(num_cols, TILE_C)
     largest = tl.zeros([TILE_R, TILE_C], dtype=tl.int32)
-    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    index = tl.program_id(0)
+    while index < num_tiles:
         row_start = (index // tiles_per_row) * TILE_R
         col_start = (index % tiles_per_row) * TILE_C
         tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r,
                          stride_c, IS_BF16, ROTATION, TILE_R, TILE_C)  # fmt: skip
         largest = tl.maximum(largest, magnitude_bits(tile))
+        index += tl.num_programs(0)
     result = tl.max(tl.max(largest, axis=1), axis=0)
     tl.atomic_max(out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
 

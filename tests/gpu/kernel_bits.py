@@ -324,7 +324,7 @@ def check_rotation(ledger: Ledger) -> None:
     for size in (16, 32, 64, 128):
         signs = RHT_SIGN_VECTOR if size == 16 else seeded_sign_vector(11, size)
         cols = 2 * max(size, 48) if size != 16 else ledger.cols
-        for name, x32 in inputs(ledger.rows, cols):
+        for name, x32 in list(inputs(ledger.rows, cols))[:: 1 if size == 16 else 3]:
             for dtype in DTYPES[:2] if size == 16 else DTYPES[:1]:
                 x = x32.to(dtype)
                 x = x.t().contiguous().t() if name in ("gaussian", "heavy tails") else x

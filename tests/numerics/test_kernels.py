@@ -35,7 +35,7 @@ MINIMAL_CHECKS = {
     "stochastic": 300,
     "memory orders": 100,
     "shards": 16,
-    "rotation": 400,
+    "rotation": 250,
     "decoding": 30,
     "large": 9,
 }
