@@ -337,7 +337,7 @@ def resized(
     return replace(
         fresh,
         phase="cold",
-        v=v.to(torch.bfloat16),
+        v=v.to(torch.bfloat16).contiguous(),  # as after a load: the layout in memory decides last bits
         energies=energies,
         last_refresh_step=state.last_refresh_step,
         num_kept=state.num_kept,
