@@ -178,11 +178,13 @@ def _engine_fp4(bf16_edges: tuple[int, int] | None) -> dict[str, Any]:
     }
 
 
-def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> list[nn.Module]:
+def build_model(
+    args: Namespace, clock: TrainingClock, *, wrap: bool = True, initialize: bool = True
+) -> list[nn.Module]:
     """Return this rank's model chunks (one per virtual pipeline stage), initialised, on the device, wrapped.
 
     wrap: add `Float16Module` and megatron-core's data parallelism (training); without it plain modules come
-    back.
+    back. initialize: without it parameters hold what memory held, for a caller that sets every one of them.
     """
     phases = recipes_by_phase(args)
     recipes = phases[0]
@@ -199,7 +201,8 @@ def build_model(args: Namespace, clock: TrainingClock, *, wrap: bool = True) -> 
     if args.device == "cuda":
         chunks = [chunk.cuda() for chunk in chunks]
     _mark_sharded_weights(chunks)
-    initialize_parameters(chunks, seed=args.seed, config=config)
+    if initialize:
+        initialize_parameters(chunks, seed=args.seed, config=config)
     for chunk in chunks:
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -14,6 +14,7 @@ learning-rate schedule start anew).
 
 Traps:
 * The model's stored weights are read, under --bf16 rounded ones; the optimizer's fp32 copies are not.
+* Of a recipe schedule the recipe of the checkpoint's iteration counts; the result has none.
 * The source is built from recipes stripped of everything but their parameters, so that bases are neither
   needed nor read.
 * Importing this file imports neither torch nor megatron, so that a mistake is refused at once.
@@ -232,12 +233,12 @@ def _convert(plan: Plan, request: Conversion) -> Report:
     from metis.training.state import TrainState
 
     state = TrainState()
-    source = build_model(plan.source, TrainingClock(seed=plan.source.seed), wrap=False)
+    source, target = (
+        build_model(args, TrainingClock(seed=args.seed), wrap=False, initialize=False)
+        for args in (plan.source, plan.target)
+    )
     load_checkpoint(plan.source, state, source, None, None)
-    weights = _named_parameters(source)
-    del source
-    target = build_model(plan.target, TrainingClock(seed=plan.target.seed), wrap=False)
-    error = _fill(target, weights, plan.changed)
+    error = _fill(target, _named_parameters(source), plan.changed)
     _restore_counters(state, plan)
     save_checkpoint(_arguments_to_save(plan, request), state, target, None, None)
     pairs = plan.changed.values()
@@ -310,7 +311,8 @@ def _arguments_to_save(plan: Plan, request: Conversion) -> Namespace:
     The temporary policy file gives way to what the run was given, unless another policy was asked for.
     """
     args, training = copy.copy(plan.target), plan.config["training"]
-    kept = set(TRAINING_FIELDS) - {"recipe", "params_dtype_name", "transformer_impl", *_PLACE_FIELDS}
+    own = {"recipe", "recipe_schedule", "params_dtype_name", "transformer_impl"}
+    kept = set(TRAINING_FIELDS) - own - set(_PLACE_FIELDS)
     for name in (*kept, *(_PLACE_FIELDS if request.policy is None else ())):
         if name in training:
             setattr(args, name, training[name])
