@@ -8,9 +8,10 @@ which writes one line of kind `quantization` per layer and cell to the metrics f
 `quantization/<layer>/<cell>/<metric>`, and one summary line. Evaluation is never measured. The residual
 weight of a reparametrised linear counts as a cell, `weight_residual`.
 
-Cost: none when off. When on, a measured step takes about {COST}; a step that follows a refresh takes two
-norms per split operand (for `residual_growth`), and a refresh one singular value of a [K, r] matrix per basis
-(for `drift_degrees`).
+Cost: none when off. A measured step of the tiny model takes 2.2 times as long (0.50 s against 0.23 s: metis,
+4 blocks of 64 features, 12 linears, one CPU core, smallest of 12 steps each). In between, a step that follows
+a refresh takes two norms per split operand (for `residual_growth`), and a refresh one singular value of a [K,
+r] matrix per basis (for `drift_degrees`).
 
 Traps:
 * Which iterations are measured changes no result of the run; the metrics read copies and draw nothing.
@@ -154,8 +155,8 @@ class QuantizationLog:
                 self._records[layer, WEIGHT_RESIDUAL] = {"residual_top_singular_value": value}
 
     def collect(self) -> list[QuantizationRecord] | None:
-        """Return the records of all layers on the last rank, in the order of the model; None where there is
-        nothing to report. Collective in measured steps.
+        """Return the records of all layers on the last rank, ordered by block, linear and cell; None where
+        there is nothing to report. Collective in measured steps.
         """
         if not self.interval or not self._is_due:
             return None
@@ -197,7 +198,7 @@ def summary(records: list[QuantizationRecord], iteration: int) -> str:
 
 def _place(record: QuantizationRecord) -> tuple[Any, ...]:
     """Return the sort key of a record: block number, linear, cell."""
-    numbers = [int(number) for number in re.findall(r"\d+", record.layer)]
+    numbers = [int(part) for part in record.layer.split(".") if part.isdigit()]
     return (numbers, record.layer, _CELLS.index(record.cell))
 
 
