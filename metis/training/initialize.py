@@ -106,6 +106,7 @@ def initialize(args: Namespace) -> None:
     if args.deterministic_mode:
         # cuBLAS repeats its bits only with a fixed workspace, read when the first matrix is multiplied.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention
         torch.use_deterministic_algorithms(True)
 
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator

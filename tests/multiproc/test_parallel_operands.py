@@ -8,6 +8,7 @@ what one rank makes. So do the sketches and the bases that come of them.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,20 @@ import torch
 import torch.distributed as dist
 
 from metis.clock import TrainingClock
-from metis.config import CELL_NAMES, CellConfig, Recipe
-from metis.functional import LinearPlan, is_transposed
+from metis.config import (
+    CELL_NAMES,
+    BasisConfig,
+    CellConfig,
+    QuantizerConfig,
+    Recipe,
+    RhtConfig,
+    SplitConfig,
+)
+from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.mcore.axes import qkv_axis, sharded_axis
-from metis.nn import LinearCore, advance_bases
-from metis.operand import Axis, EncodedMatrix
+from metis.nn import LinearCore, SequenceShard, advance_bases
+from metis.operand import Axis
+from metis.quantize import QuantizedTensor
 from metis.recipes import RECIPES, with_overrides
 from metis.rng import NoisePosition, gaussian, stream_key
 from tests._distributed import run_ranks
@@ -29,7 +39,29 @@ GROUPS, HEADS_PER_GROUP, HEAD_DIM = 4, 2, 16
 QKV = GROUPS * (HEADS_PER_GROUP + 2) * HEAD_DIM
 FC1 = 512
 LAYERS = ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-RECIPE_NAMES = ("nvfp4", "metis", "metis_paper")
+
+
+def _with_input(recipe: Recipe, name: str, split: SplitConfig) -> Recipe:
+    """Return `recipe` with another split of x and g."""
+    cells = {
+        cell: replace(getattr(recipe, cell), split=split)
+        for cell in CELL_NAMES
+        if not cell.endswith("weight")
+    }
+    return replace(recipe, name=name, **cells)
+
+
+_ROTATED = CellConfig(quantizer=QuantizerConfig(rht=RhtConfig(size=32, sign_seed=3)))
+VARIANTS = (
+    *(RECIPES[name] for name in ("nvfp4", "metis", "metis_paper", "mxfp4", "fp8", "mean_split")),
+    RECIPES["nvfp4_4over6"],
+    _with_input(RECIPES["metis"], "feedback", SplitConfig(head_format="feedback", mean_first=True)),
+    _with_input(RECIPES["metis"], "two_term", SplitConfig(head_format="two_term")),
+    replace(RECIPES["nvfp4"], name="rht32", wgrad_input=_ROTATED, wgrad_grad_output=_ROTATED),
+)
+FLOAT64_TOLERANCE = 1e-12
+MAX_FAST_FLIPS = 1e-4
+"""Share of codes that tp_mode fast may flip between layouts; measured 0 here, 3.2e-7 at K = 1024."""
 
 
 def _axes(layer: str, rank: int, world_size: int) -> tuple[Axis, Axis]:
@@ -60,25 +92,44 @@ def _whole(local: torch.Tensor, rows: Axis, cols: Axis) -> torch.Tensor:
     return cols.gather_rows(rows.gather_rows(local).t().contiguous()).t()
 
 
-def _encode_everything(rank: int, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def _sequence_shard(layer: str, rank: int, world_size: int) -> SequenceShard | None:
+    """Return the token shard of sequence parallelism, None on one rank."""
+    if world_size == 1:
+        return None
+    axis = sharded_axis(TOKENS, shard=rank, num_shards=world_size, group=dist.group.WORLD)
+    operand = "grad_output" if layer.endswith("linear_fc2") else "input"
+    return SequenceShard(operand=operand, tokens=axis, gather=axis)
+
+
+def _plan(recipe: Recipe, layer: str, rank: int, world_size: int, sequence: bool = False) -> LinearPlan:
+    features_in, features_out = _axes(layer, rank, world_size)
+    shard = _sequence_shard(layer, rank, world_size) if sequence else None
+    return LinearPlan(
+        recipe=recipe,
+        layer=layer,
+        tokens=Axis.whole(TOKENS),
+        in_features=features_in,
+        out_features=features_out,
+        position=NoisePosition(step=3, microbatch=5),
+        token_shard=None if shard is None else shard.tokens,
+        gather=None if shard is None else shard.gather,
+        gathered_operand="" if shard is None else shard.operand,
+        **_bases(recipe, layer, features_in, features_out),
+    )
+
+
+def _encode_everything(
+    rank: int, world_size: int, dtype: torch.dtype, sequence: bool = False
+) -> dict[str, Any]:
     """Return codes, block scales and amax of every cell of every layer, put together over the ranks."""
     found: dict[str, Any] = {}
-    tokens = Axis.whole(TOKENS)
-    for recipe_name in RECIPE_NAMES:
+    for recipe in VARIANTS:
+        if sequence and (TOKENS // world_size) % recipe.axis_multiple("tokens"):
+            continue
         for layer in LAYERS:
-            features_in, features_out = _axes(layer, rank, world_size)
-            recipe = RECIPES[recipe_name]
-            plan = LinearPlan(
-                recipe=recipe,
-                layer=layer,
-                tokens=tokens,
-                in_features=features_in,
-                out_features=features_out,
-                position=NoisePosition(step=3, microbatch=5),
-                **_bases(recipe, layer, features_in, features_out),
-            )
+            plan = _plan(recipe, layer, rank, world_size, sequence)
             for cell_name in CELL_NAMES:
-                found[f"{recipe_name}.{layer}.{cell_name}"] = _one_cell(plan, cell_name, dtype)
+                found[f"{recipe.name}.{layer}.{cell_name}"] = _one_cell(plan, cell_name, dtype)
     return found
 
 
@@ -86,30 +137,39 @@ def _bases(recipe: Recipe, layer: str, features_in: Axis, features_out: Axis) ->
     """Return any fixed bases; that they are not orthonormal does not matter here."""
     bases = {}
     for operand, axis in (("input", features_in), ("weight", features_in), ("grad_output", features_out)):
-        if getattr(recipe, f"{operand}_split") is not None:
+        split = getattr(recipe, f"{operand}_split")
+        if split is not None and split.rank is not None:
             full = gaussian(stream_key(7, layer, operand), torch.arange(axis.size), torch.arange(16))
             bases[f"v_{operand}"] = axis.local_rows((full / axis.size**0.5).to(torch.bfloat16))
     return bases
 
 
-def _one_cell(plan: LinearPlan, cell_name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    tokens, features_in, features_out = plan.tokens, plan.in_features, plan.out_features
-    operand = cell_name.split("_", 1)[1]
+def _one_cell(plan: LinearPlan, cell_name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """Return (codes, a scale per element, amax) of each term, whole."""
+    operand = operand_of(cell_name)
+    is_shard = operand == plan.gathered_operand
+    tokens = plan.token_shard if is_shard else plan.tokens
     rows, cols = {
-        "input": (tokens, features_in),
-        "weight": (features_out, features_in),
-        "grad_output": (tokens, features_out),
+        "input": (tokens, plan.in_features),
+        "weight": (plan.out_features, plan.in_features),
+        "grad_output": (tokens, plan.out_features),
     }[operand]
     local = _local(_full(operand, rows.size, cols.size, dtype), rows, cols)
+    if is_shard:  # what leaves is gathered already
+        rows = plan.tokens
     if is_transposed(cell_name):
         rows, cols = cols, rows
-    encoded = plan.open(local, cell_name, None).encode_here()
-    assert isinstance(encoded, EncodedMatrix)
-    (encoded,) = encoded.terms
-    scales = encoded.block_scale_bytes()
-    tile = encoded.block_shape[0]
-    per_element = scales.repeat_interleave(tile, 0).repeat_interleave(16, 1)
-    return _whole(encoded.codes(), rows, cols), _whole(per_element, rows, cols), encoded.amax
+    found = []
+    for term in plan.open(local, cell_name, None).factors():
+        assert isinstance(term, QuantizedTensor)
+        codes = _whole(term.packed() if term.format.startswith("fp8") else term.codes(), rows, cols)
+        scales = term.block_scale
+        if scales is not None:
+            tall, wide = term.block_shape
+            scales = _whole(scales.repeat_interleave(tall, 0).repeat_interleave(wide, 1), rows, cols)
+        has_amax = term.format == "nvfp4" or term.block_shape is None
+        found.append((codes, scales, term.amax if has_amax else None))
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -117,11 +177,151 @@ def _one_cell(plan: LinearPlan, cell_name: str, dtype: torch.dtype) -> tuple[tor
 def test_sharded_operands_have_the_codes_of_one_rank(world_size: int, dtype: torch.dtype) -> None:
     one = _encode_everything(0, 1, dtype)
     for rank, sharded in enumerate(run_ranks(_encode_everything, world_size, dtype, timeout=300)):
-        for name, parts in one.items():
-            for what, expected, received in zip(
-                ("codes", "scales", "amax"), parts, sharded[name], strict=True
-            ):
-                assert torch.equal(expected, received), f"{what} of {name} on rank {rank}"
+        _assert_same_cells(one, sharded, rank)
+        assert set(sharded) == set(one)
+
+
+def _assert_same_cells(one: dict[str, Any], sharded: dict[str, Any], rank: int) -> None:
+    for name, terms in sharded.items():
+        for index, (expected, received) in enumerate(zip(one[name], terms, strict=True)):
+            for what, a, b in zip(("codes", "scales", "amax"), expected, received, strict=True):
+                same = a is b is None or torch.equal(a, b)
+                assert same, f"{what} of term {index} of {name} on rank {rank}"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_token_shards_encoded_before_the_gather_have_the_codes_of_one_rank(world_size: int) -> None:
+    """Sequence parallelism: x (column-parallel) and g (row-parallel) are quantised where they lie."""
+    one = _encode_everything(0, 1, torch.float32)
+    for rank, sharded in enumerate(
+        run_ranks(_encode_everything, world_size, torch.float32, True, timeout=300)
+    ):
+        assert len(sharded) >= 3 * len(CELL_NAMES) * (len(VARIANTS) - 2)
+        _assert_same_cells(one, sharded, rank)
+
+
+def _train_with_token_shards(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Return y, dx, dw of two steps in float64, put together over the ranks, plain and with packed saves."""
+    found: dict[str, torch.Tensor] = {}
+    for base in (RECIPES["nvfp4"], RECIPES["metis"], RECIPES["mean_split"]):
+        for recipe in (base, replace(base, name=f"{base.name} packed", save_packed=True)):
+            for layer in LAYERS:
+                clock = TrainingClock(seed=11, num_tokens_per_step=TOKENS)
+                features_in, features_out = _axes(layer, rank, world_size)
+                core = LinearCore(
+                    recipe=recipe,
+                    layer=layer,
+                    in_features=features_in,
+                    out_features=features_out,
+                    clock=clock,
+                )
+                shard = _sequence_shard(layer, rank, world_size)
+                w = _local(
+                    _full("w", features_out.size, features_in.size, torch.float64), features_out, features_in
+                )
+                for step in range(3):
+                    clock.begin_step(step, TOKENS)
+                    found |= {
+                        f"{recipe.name} {layer} step {step} {name}": value
+                        for name, value in _forward_backward(core, w, shard, step).items()
+                    }
+                    advance_bases([(core, w)], step)
+    return found
+
+
+def _forward_backward(
+    core: LinearCore, weight: torch.Tensor, shard: SequenceShard | None, step: int
+) -> dict[str, torch.Tensor]:
+    whole, w = Axis.whole(TOKENS), torch.nn.Parameter(weight.clone())
+    rows = {
+        name: shard.tokens if shard is not None and shard.operand == name else whole
+        for name in ("input", "grad_output")
+    }
+    x = _full(f"x{step}", TOKENS, core.in_features.size, torch.float64)
+    g = _full(f"g{step}", TOKENS, core.out_features.size, torch.float64) * 1e-3
+    x = _local(x, rows["input"], core.in_features).contiguous().requires_grad_()
+    y = core(x, w, whole, shard)
+    y.backward(_local(g, rows["grad_output"], core.out_features))
+    # A sum over ranks is still open where the contraction axis is sharded and nothing scattered it.
+    dx = x.grad if shard is None or shard.operand == "input" else core.in_features.gather_rows(x.grad.t()).t()
+    if shard is not None and shard.operand == "input":
+        dx = shard.tokens.gather_rows(dx)
+        y = core.out_features.gather_rows(y.detach().t().contiguous()).t()
+    elif shard is not None:
+        y = shard.tokens.gather_rows(y.detach())
+    return {"y": y.detach(), "dx": dx, "dw": _whole(w.grad, core.out_features, core.in_features)}
+
+
+def test_linears_on_token_shards_compute_what_one_rank_does() -> None:
+    """Products, packed activations and three steps' bases included, in float64 to rounding."""
+    one = _train_with_token_shards(0, 1)
+    for sharded in run_ranks(_train_with_token_shards, 2, timeout=300):
+        for name, expected in one.items():
+            error = (sharded[name] - expected).norm() / expected.norm()
+            assert error < FLOAT64_TOLERANCE, f"{name}: {error:.1e}"
+
+
+def _fast_flips(rank: int, world_size: int) -> float:
+    """Return the share of codes that tp_mode fast flips against one rank, over the cells that have a head."""
+    recipe = replace(RECIPES["metis"], name="fast", basis=BasisConfig(tp_mode="fast"))
+    flips = total = 0
+    for layer in LAYERS:
+        one, sharded = (
+            {cell: _one_cell(_plan(recipe, layer, r, size), cell, torch.float32)[0][0] for cell in CELL_NAMES}
+            for r, size in ((0, 1), (rank, world_size))
+        )
+        flips += sum(int((one[cell] != sharded[cell]).sum()) for cell in CELL_NAMES)
+        total += sum(codes.numel() for codes in one.values())
+    return flips / total
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_tp_mode_fast_flips_few_codes(world_size: int) -> None:
+    rates = run_ranks(_fast_flips, world_size, timeout=300)
+    print(f"tp_mode fast, TP={world_size}: {rates[0]:.1e} of the codes differ from TP=1")
+    assert len(set(rates)) == 1 and rates[0] < MAX_FAST_FLIPS
+
+
+def _local_bases(rank: int, world_size: int) -> dict[str, Any]:
+    """Train three steps with a basis per rank and no quantiser; return the bases and y put together."""
+    cells = {cell: CellConfig(split=SplitConfig()) for cell in CELL_NAMES}
+    recipe = Recipe(name="local", basis=BasisConfig(tp_mode="local"), amax_scope="te", **cells)
+    clock = TrainingClock(seed=11, num_tokens_per_step=TOKENS)
+    features_in, features_out = _axes("mlp.linear_fc2", rank, world_size)
+    core = LinearCore(
+        recipe=recipe, layer="l", in_features=features_in, out_features=features_out, clock=clock
+    )
+    full_w = _full("w", features_out.size, features_in.size, torch.float64)
+    w = _local(full_w, features_out, features_in).contiguous().requires_grad_()
+    full_x = _full("x", TOKENS, features_in.size, torch.float64)
+    x = _local(full_x, Axis.whole(TOKENS), features_in).contiguous().requires_grad_()
+    collectives = []
+    patched = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
+    for name, original in patched.items():
+        setattr(dist, name, lambda *a, n=name, o=original, **k: (collectives.append(n), o(*a, **k))[1])
+    for step in range(3):
+        clock.begin_step(step, TOKENS)
+        y = core(x, w, Axis.whole(TOKENS))
+        y.backward(_full("g", TOKENS, features_out.size, torch.float64))
+        advance_bases([(core, w)], step)
+    for name, original in patched.items():
+        setattr(dist, name, original)
+    total = features_in.sum(y.detach().clone())
+    basis = core.bases["input"]
+    return {
+        "error": float((total - full_x @ full_w.t()).norm() / total.norm()),
+        "v": basis.state.v.clone(),
+        "collectives": collectives,
+        "head": float(basis.state.v.float().norm()),
+    }
+
+
+def test_tp_mode_local_keeps_a_basis_per_rank_without_messages_and_the_same_product() -> None:
+    first, second = run_ranks(_local_bases, 2, timeout=300)
+    for found in (first, second):
+        assert found["collectives"] == [] and found["head"] > 1.0
+        assert found["error"] < FLOAT64_TOLERANCE, found["error"]
+    assert first["v"].shape[0] == FC1 // 2 and not torch.equal(first["v"], second["v"])
 
 
 def test_rank_local_amaxes_would_be_seen() -> None:
@@ -142,7 +342,7 @@ def _count_te_differences(rank: int, world_size: int) -> int:
             in_features=features_in,
             out_features=features_out,
         )
-        codes = _one_cell(plan, "fprop_input", torch.float32)[0]
+        codes = _one_cell(plan, "fprop_input", torch.float32)[0][0]
         if size == 1:
             whole = codes
     different += int((whole != codes).sum())
@@ -185,6 +385,33 @@ def test_bases_do_not_depend_on_tensor_parallelism(world_size: int) -> None:
     for sharded in run_ranks(_bases_after_steps, world_size, timeout=300):
         for name, expected in one.items():
             assert torch.equal(expected, sharded[name]), name
+
+
+def _bases_of_data_parallel_ranks(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Train three steps of four microbatches, each rank on its own; return every basis."""
+    clock = TrainingClock(seed=11, num_tokens_per_step=4 * TOKENS)
+    features = Axis.whole(HIDDEN)
+    core = LinearCore(
+        recipe=RECIPES["metis"], layer="l", in_features=features, out_features=features, clock=clock
+    )
+    w = torch.nn.Parameter(_full("w", HIDDEN, HIDDEN, torch.float32).clone())
+    for step in range(3):
+        clock.begin_step(step, 4 * TOKENS)
+        for microbatch in range(rank, 4, world_size):
+            clock.begin_microbatch(microbatch)
+            x, g = (_full(f"{n}{step}{microbatch}", TOKENS, HIDDEN, torch.float32) for n in "xg")
+            core(x, w, Axis.whole(TOKENS)).backward(g)
+        advance_bases([(core, w)], step, dist.group.WORLD if world_size > 1 else None)
+    return {operand: basis.state.v.clone() for operand, basis in core.bases.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bases_are_the_same_on_data_parallel_ranks_and_for_any_number_of_them(world_size: int) -> None:
+    """Sums over ranks are float64 and V is rounded to bf16 once, which hides their order."""
+    one = _bases_of_data_parallel_ranks(0, 1)
+    for found in run_ranks(_bases_of_data_parallel_ranks, world_size, timeout=300):
+        for operand, expected in one.items():
+            assert torch.equal(expected, found[operand]), operand
 
 
 def test_cells_without_quantizer_are_not_encoded() -> None:

@@ -39,7 +39,7 @@ ROWS = (
 
 ALLOWED = {
     "metis.decompose": {"metis.errors", "metis.rng"},
-    "metis.kernels": {"metis.formats", "metis.rng"},
+    "metis.kernels": {"metis.errors", "metis.formats", "metis.rng"},
     "metis.gemm": {"metis.errors", "metis.formats", "metis.quantize"},
 }
 """Where the row alone allows too much: decompose and kernels know no recipe, decompose knows no FP4."""
@@ -70,6 +70,7 @@ TORCH_FREE = (
     "metis.training.run_config",
     "metis.training.retention",
     "metis.training.tokenizer",
+    "metis.training.weight_conversion",
 )
 SLOW_PACKAGES = {"torch", "numpy", "megatron", "transformers", "triton"}
 

@@ -239,7 +239,7 @@ def test_policy_rule_without_match_and_misspelled_recipe_key_are_refused(tmp_pat
                 "wgrad_grad_output": {"split": {"rank": {"fixed": 8}}},
             },
             1,
-            "rank of the grad_output split divisible by 16, since NVFP4 blocks run along it, received 8",
+            "rank of the grad_output split divisible by 16, since blocks run along it, received 8",
         ),
         (
             {"base": "bf16_reparametrised", "reparametrisation": {"rank": {"fixed": 600}}},
