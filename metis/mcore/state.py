@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -46,5 +47,23 @@ def set_model_recipes(model_chunks: Iterable[nn.Module], recipes: Mapping[str, R
 
     Linears that are the engine's own class keep computing as they do.
     """
-    for linear in recipe_linears(model_chunks):
-        linear.set_recipe(recipes[linear.layer_name])
+    chunks = list(model_chunks)
+    with _without_forward_hooks(chunks):
+        for linear in recipe_linears(chunks):
+            linear.set_recipe(recipes[linear.layer_name])
+
+
+@contextmanager
+def _without_forward_hooks(chunks: list[nn.Module]) -> Iterator[None]:
+    """Take the hooks of `--overlap-param-gather` off inside: the engine counts on the modules it has hooked.
+
+    A change of recipe adds and removes modules (bases). Gathers under way are not touched.
+    """
+    hooked = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=False)
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()

@@ -34,6 +34,7 @@ PHASES = [
     {"at_lr_fraction": 0.4, "recipe": "bf16"},  # step 7 of 11 with these learning rates
     {"at_step": 9, "recipe": "metis"},
 ]
+ZERO = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 EXACT_CURVE = 1e-6  # the promise for --exact-reductions; 8.9e-16 seen
 
 
@@ -77,13 +78,16 @@ def runs(folder: Path, line: str) -> dict[str, Outcome]:
 
 
 @pytest.fixture(scope="module")
-def runs_tp2(folder: Path, line: str) -> dict[str, Outcome]:
-    """All runs on two tensor-parallel ranks."""
+def runs_on_two(folder: Path, line: str) -> dict[str, Outcome]:
+    """All runs on two ranks."""
     layout = f"{line} --tensor-model-parallel-size 2 --train-iters"
     scheduled = f"--recipe metis --recipe-schedule {folder}/phases.json"
+    zero = f"{line} --train-iters {LAST} {scheduled} {ZERO}"
     cases = {
         "healed": f"{layout} 4 --sequence-parallel --recipe-schedule {folder}/healing.json",
         "engine": f"{layout} 4 --sequence-parallel --recipe bf16",
+        "zero": f"{zero} --save {folder}/zero --save-interval 5",
+        "zero_from_5": f"{zero} --load {folder}/zero --ckpt-step 5",
         "exact_tp2": f"{layout} {LAST} {scheduled} --exact-reductions",
     }
     return run_in_process(
@@ -155,9 +159,9 @@ def test_a_checkpoint_belongs_to_its_schedule(runs: dict[str, Outcome]) -> None:
 
 
 def test_two_ranks_follow_one_rank_through_every_phase(
-    runs: dict[str, Outcome], runs_tp2: dict[str, Outcome], folder: Path
+    runs: dict[str, Outcome], runs_on_two: dict[str, Outcome], folder: Path
 ) -> None:
-    assert runs["exact_tp1"].error == runs_tp2["exact_tp2"].error == ""
+    assert runs["exact_tp1"].error == runs_on_two["exact_tp2"].error == ""
     one, two = _curve(folder, "exact_tp1"), _curve(folder, "exact_tp2")
     assert [line[0] for line in one] == [line[0] for line in two]
     worst = max(abs(a[1] - b[1]) for a, b in zip(one, two, strict=True))
@@ -165,11 +169,20 @@ def test_two_ranks_follow_one_rank_through_every_phase(
 
 
 def test_a_phase_in_bf16_is_the_engines_own_linear_bitwise(
-    runs_tp2: dict[str, Outcome], folder: Path
+    runs_on_two: dict[str, Outcome], folder: Path
 ) -> None:
-    assert runs_tp2["healed"].error == runs_tp2["engine"].error == ""
+    assert runs_on_two["healed"].error == runs_on_two["engine"].error == ""
     healed, engine = (
         [line for line in _curve(folder, name) if len(line) == 3] for name in ("healed", "engine")
     )
     assert healed[:3] == engine[:3]
     assert healed[3][1] != engine[3][1]
+
+
+def test_phases_change_under_the_hooks_of_overlapped_gathers(
+    runs_on_two: dict[str, Outcome], folder: Path
+) -> None:
+    assert runs_on_two["zero"].error == runs_on_two["zero_from_5"].error == ""
+    whole = _curve(folder, "zero")
+    assert _curve(folder, "zero_from_5") == [line for line in whole if line[0] > 5]
+    assert len([line for line in whole if len(line) == 3]) == LAST
