@@ -43,11 +43,13 @@ def _run(line: str) -> None:
 
 
 def _make_source(_rank: int, _world_size: int, folder: str, data: str) -> None:
-    """Two steps of a plain bf16-recipe run at TP=2, in fp32 and with bf16 parameters."""
+    """Two steps at TP=2: recipe bf16 in fp32; metis with bf16 parameters and a basis per rank, not to be
+    read.
+    """
     use_fast_checkpoint_queue()
     options = f"{data} --train-iters 2 --eval-iters 0 --tensor-model-parallel-size 2 --save-interval 2"
     _run(f"{options} --sequence-parallel --save {folder}/plain")
-    _run(f"{options} --bf16 --save {folder}/plain_bf16")
+    _run(f"{options} --bf16 --recipe {folder}/local.json --save {folder}/plain_bf16")
 
 
 def _weights(load: str) -> dict[str, torch.Tensor]:
@@ -107,6 +109,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         json.dumps(
             {"base": "bf16_reparametrised", "name": "rank32", "reparametrisation": {"rank": {"fixed": 32}}}
         )
+    )
+    (folder / "local.json").write_text(
+        json.dumps({"base": "metis", "name": "local", "basis": {"tp_mode": "local"}})
     )
     run_ranks(_make_source, 2, str(folder), data, timeout=300.0)
     found = run_ranks(_convert_all, 1, str(folder), data, timeout=300.0)[0]
@@ -208,6 +213,15 @@ def test_the_result_describes_itself(made: dict[str, Any]):
             for key, value in source[section].items():
                 if key not in ("recipe", "policy", "padded_vocab_size"):
                     assert config[section][key] == value, (name, section, key)
+
+
+def test_bases_of_single_ranks_do_not_load_at_another_number_of_ranks(made: dict[str, Any]):
+    """The source with such bases was converted, since weights need none; a run that goes on needs them."""
+    folder = made["folder"]
+    outcome = run_case(
+        1, f"{made['data']} --load {folder}/plain_bf16 --bf16 --recipe {folder}/local.json --train-iters 3"
+    )
+    assert "must be loaded at tensor_model_parallel_size 2, received 1; use that size, or" in outcome.error
 
 
 # --- The command and its mistakes --------------------------------------------------------------
