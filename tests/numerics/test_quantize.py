@@ -16,6 +16,7 @@ from metis.formats import E2M1_MAGNITUDES, E2M1_MIDPOINTS, FLOAT32_MAX
 from metis.quantize import (
     QuantizedTensor,
     gemm_alpha,
+    nvfp4,
     pack_codes,
     quantize,
     random_hadamard,
@@ -193,6 +194,42 @@ def test_four_over_six_equals_the_slow_reference_and_takes_both_choices(block_sh
     if block_shape[0] == 1:
         assert {4.0, 6.0} <= set(block_max.unique().tolist())
     assert quantized.scale_target == 1536.0
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_rounding": "up"}, {"four_over_six": "mae"}])
+def test_scales_at_ties_follow_the_order_of_operations(options):
+    """Block maxima within two ulp of where the exact scale is halfway between two E4M3 values."""
+    amax = torch.tensor(3.7)
+    target = 1536 if options.get("four_over_six") else 2688
+    scales = torch.tensor([reference_e4m3_value(byte) for byte in range(40, 0x70)], dtype=torch.float64)
+    at_ties = ((scales[1:] + scales[:-1]) / 2 * 6 * amax.double() / target).float()
+    steps = torch.arange(-2, 3, dtype=torch.int32)[:, None]
+    maxima = (at_ties.view(torch.int32) + steps).view(torch.float32).flatten()
+    x = torch.rand(len(maxima), 16, generator=torch.Generator().manual_seed(38)) * maxima[:, None]
+    x[:, 3] = maxima
+    fast = quantize(x, block_shape=(1, 16), amax=amax, **options)
+    slow = reference_quantize(x.numpy(), (1, 16), np.float32(amax), **options)
+    assert_bitwise_equal(fast.block_scale_bytes(), torch.from_numpy(slow.block_scale_bytes), "scales")
+    assert_bitwise_equal(fast.codes(), torch.from_numpy(slow.codes), "codes")
+
+
+@pytest.mark.parametrize("error", ["mae", "mse"])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_block_errors_are_summed_in_the_specified_order(rows, error):
+    difference = heavy_tailed(4 * rows, 32, 1.0, seed=39)
+    terms = difference.abs().numpy() if error == "mae" else np.square(difference.numpy())
+    expected = np.zeros((4, 2), dtype=np.float32)
+    for i, j in np.ndindex(4, 2):
+        sums = [np.float32(0)] * rows
+        for row in range(rows):
+            for col in range(16):
+                sums[row] = sums[row] + terms[i * rows + row, 16 * j + col]
+        while len(sums) > 1:
+            half = len(sums) // 2
+            sums = [sums[k] + sums[k + half] for k in range(half)]
+        expected[i, j] = sums[0]
+    actual = nvfp4._block_error(difference, (rows, 16), error)
+    assert_bitwise_equal(actual, torch.from_numpy(expected), "errors of blocks")
 
 
 def test_four_over_six_lowers_the_error_of_one_row_blocks():
