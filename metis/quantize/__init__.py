@@ -6,7 +6,7 @@
 
 from metis.quantize.blocks import multiply_blocks
 from metis.quantize.fp8 import quantize_fp8
-from metis.quantize.hadamard import random_hadamard, random_hadamard_16, seeded_sign_vector
+from metis.quantize.hadamard import random_hadamard, seeded_sign_vector
 from metis.quantize.mxfp4 import quantize_mxfp4
 from metis.quantize.nvfp4 import quantize, tensor_amax
 from metis.quantize.packing import pack_codes, unpack_codes
@@ -23,7 +23,6 @@ __all__ = [
     "quantize_fp8",
     "quantize_mxfp4",
     "random_hadamard",
-    "random_hadamard_16",
     "seeded_sign_vector",
     "swizzle_block_scales",
     "tensor_amax",

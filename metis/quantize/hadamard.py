@@ -93,8 +93,3 @@ def _require_signs(size: int, sign_vector: tuple[int, ...] | None) -> tuple[int,
     if len(sign_vector) != size or any(abs(sign) != 1 for sign in sign_vector):
         raise ConfigError("sign_vector", f"must be {size} numbers +1 or -1, received {sign_vector}")
     return sign_vector
-
-
-def random_hadamard_16(x: Tensor) -> Tensor:
-    """Rotate every 16 consecutive elements of the last axis with the fixed signs; see `random_hadamard`."""
-    return random_hadamard(x)

@@ -25,7 +25,7 @@ from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose import basis as algebra
 from metis.gemm import EmulatedGemm
 from metis.operand import Axis, NoiseStream, coefficients, encode, split_matrix
-from metis.quantize import QuantizedTensor, gemm_alpha, quantize, random_hadamard_16, tensor_amax
+from metis.quantize import QuantizedTensor, gemm_alpha, quantize, random_hadamard, tensor_amax
 from metis.rng import NoisePosition, gaussian, random_words, stream_key, uniform_hash
 
 POSITION = NoisePosition(step=5, microbatch=3)
@@ -136,7 +136,7 @@ def check_quantize(ledger: Ledger, device: str, rows: int, cols: int) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = x32.to(dtype)
             label = f"{name} {str(dtype)[6:]}"
-            ledger.same(f"rotation, {label}", random_hadamard_16(x.to(device)), random_hadamard_16(x))
+            ledger.same(f"rotation, {label}", random_hadamard(x.to(device)), random_hadamard(x))
             ledger.same(f"amax, {label}", tensor_amax(x.to(device)), tensor_amax(x))
             for block_shape in ((1, 16), (16, 16)):
                 for mode, options in (

@@ -19,7 +19,7 @@ from metis.config import BasisConfig, CellConfig, RankConfig, Recipe, SplitConfi
 from metis.functional import LinearPlan, dgrad, fprop, quantized_linear, wgrad
 from metis.gemm import EmulatedGemm
 from metis.operand import Axis
-from metis.quantize import QuantizedTensor, gemm_alpha, quantize, random_hadamard_16
+from metis.quantize import QuantizedTensor, gemm_alpha, quantize, random_hadamard
 from metis.recipes import METIS, METIS_PAPER, NVFP4, NVFP4_DIRECT
 from metis.rng import NoisePosition, random_words, stream_key
 from tests.numerics._assertions import assert_bitwise_equal
@@ -136,7 +136,7 @@ def _quantized(matrix: Tensor, tiles: bool = False, words: Tensor | None = None)
 
 def _nvfp4_by_hand(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:
     """arXiv 2509.25149 section 4: tiles for w, SR on both copies of g, rotation on the wgrad pair."""
-    gt, xt = random_hadamard_16(g.t()), random_hadamard_16(x.t())
+    gt, xt = random_hadamard(g.t()), random_hadamard(x.t())
     g_rows = _quantized(g, words=_words("dgrad_grad_output", TOKENS, OUT))
     g_cols = _quantized(gt, words=_words("wgrad_grad_output", TOKENS, OUT).t())
     return {
@@ -183,7 +183,7 @@ def test_the_table_is_sensitive_to_every_axis_scale_and_draw():
     other = _quantized(g, words=_words("wgrad_grad_output", TOKENS, OUT))
     wrong_draw = _decoded_product(other, _quantized(w.t(), tiles=True))
     # One operand rotated alone.
-    g_cols = _quantized(random_hadamard_16(g.t()), words=_words("wgrad_grad_output", TOKENS, OUT).t())
+    g_cols = _quantized(random_hadamard(g.t()), words=_words("wgrad_grad_output", TOKENS, OUT).t())
     wrong_rotation = _decoded_product(g_cols, _quantized(x.t()))
     for name, wrong in (("dx", wrong_axis), ("y", wrong_scale), ("dx", wrong_draw), ("dw", wrong_rotation)):
         assert float((wrong - right[name]).norm() / right[name].norm()) > 1000 * FP32_SUM

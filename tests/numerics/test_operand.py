@@ -14,7 +14,7 @@ from metis.config import QuantizerConfig, RankConfig, RhtConfig, SplitConfig
 from metis.diagnostics import relative_error, tail_error
 from metis.errors import ConfigError
 from metis.operand import Axis, NoiseStream, coefficients, encode, split_matrix
-from metis.quantize import quantize, random_hadamard_16
+from metis.quantize import quantize, random_hadamard
 from metis.rng import NoisePosition, random_words, stream_key
 from tests.numerics._assertions import assert_bitwise_equal
 from tests.numerics._simulated_ranks import Team, shard_of, use_simulated_collectives
@@ -110,7 +110,7 @@ def test_rotation_comes_before_the_tensor_amax():
     (encoded,) = encode(
         x, QuantizerConfig(rht=RhtConfig()), Axis.whole(32), Axis.whole(48), amax_scope="global"
     ).terms
-    expected = quantize(random_hadamard_16(x), block_shape=(1, 16))
+    expected = quantize(random_hadamard(x), block_shape=(1, 16))
     assert_bitwise_equal(encoded.values, expected.values, "values")
     assert_bitwise_equal(encoded.amax, expected.amax, "amax")
     assert float(encoded.amax) < 300.0  # an outlier of 1000 spread over 16
