@@ -17,6 +17,7 @@ nor megatron, so that a wrong recipe is refused before anything slow is loaded.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -45,10 +46,15 @@ def _require(condition: bool, where: str, message: str) -> None:
 class RhtConfig:
     """A random Hadamard transform of both operands of a GEMM along its contraction axis, in tiles."""
 
-    size: int = field(default=16, metadata={"doc": "points of a tile: 16, 32, 64 or 128"})
+    size: int = field(
+        default=16, metadata={"range": "16, 32, 64, 128", "doc": "points of a tile: 16, 32, 64 or 128"}
+    )
     sign_seed: int | None = field(
         default=None,
-        metadata={"doc": "seed of the signs; none: the fixed 16 signs of NVIDIA's recipe (size 16 only)"},
+        metadata={
+            "range": "whole number",
+            "doc": "seed of the signs; none: the fixed 16 signs of NVIDIA's recipe (size 16 only)",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -84,7 +90,7 @@ class QuantizerConfig:
         default="rne", metadata={"doc": "of the E2M1 values; scales are rounded as scale_rounding says"}
     )
     num_random_bits: int = field(
-        default=24, metadata={"doc": "bits per element of stochastic rounding: 8 or 24"}
+        default=24, metadata={"range": "8, 24", "doc": "bits per element of stochastic rounding: 8 or 24"}
     )
     rht: RhtConfig | None = field(
         default=None,
@@ -97,7 +103,11 @@ class QuantizerConfig:
         },
     )
     num_terms: int = field(
-        default=1, metadata={"doc": "2: what the first term leaves is quantised again and both multiply"}
+        default=1,
+        metadata={
+            "range": "1, 2",
+            "doc": "2: what the first term leaves is quantised again and both multiply",
+        },
     )
     scale_rounding: Literal["standard", "even", "up"] = field(
         default="standard",
@@ -210,16 +220,26 @@ class RankConfig:
     """
 
     fixed: int | None = field(
-        default=None, metadata={"doc": "columns of the head; none: derived from fraction"}
+        default=None,
+        metadata={"range": "at least 1", "doc": "columns of the head; none: derived from fraction"},
     )
     fraction: float = field(
-        default=1 / 64, metadata={"doc": "of the dimension d the basis lives on (K for x and w, N for g)"}
+        default=1 / 64,
+        metadata={
+            "range": "above 0, up to 1",
+            "doc": "of the dimension d the basis lives on (K for x and w, N for g)",
+        },
     )
     multiple: int = field(
-        default=16, metadata={"doc": "the derived rank is rounded up to a multiple of this"}
+        default=16,
+        metadata={"range": "at least 1", "doc": "the derived rank is rounded up to a multiple of this"},
     )
-    minimum: int = field(default=16, metadata={"doc": "lower limit of the derived rank, columns"})
-    maximum: int = field(default=64, metadata={"doc": "upper limit of the derived rank, columns"})
+    minimum: int = field(
+        default=16, metadata={"range": "1 to maximum", "doc": "lower limit of the derived rank, columns"}
+    )
+    maximum: int = field(
+        default=64, metadata={"range": "at least minimum", "doc": "upper limit of the derived rank, columns"}
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -330,22 +350,41 @@ class BasisConfig:
 
     refresh_interval_steps: int = field(
         default=8,
-        metadata={"doc": "optimizer steps between refreshes, after the two cold ones at steps 0 and 1"},
+        metadata={
+            "range": "at least 1",
+            "doc": "optimizer steps between refreshes, after the two cold ones at steps 0 and 1",
+        },
     )
     row_sample_fraction: float = field(
         default=0.05,
-        metadata={"doc": "share of the tokens of a step whose rows enter the power step, (0, 1]"},
+        metadata={
+            "range": "above 0, up to 1",
+            "doc": "share of the tokens of a step whose rows enter the power step, (0, 1]",
+        },
     )
-    oversample: int = field(default=8, metadata={"doc": "extra columns of the cold sketch, columns"})
+    oversample: int = field(
+        default=8, metadata={"range": "at least 0", "doc": "extra columns of the cold sketch, columns"}
+    )
     num_pinned_rows: int = field(
-        default=8, metadata={"doc": "rows of largest amax per microbatch that always enter the power step"}
+        default=8,
+        metadata={
+            "range": "at least 0",
+            "doc": "rows of largest amax per microbatch that always enter the power step",
+        },
     )
     num_cold_steps: int = field(
-        default=2, metadata={"doc": "power steps of the cold start, one per optimizer step from step 0"}
+        default=2,
+        metadata={
+            "range": "at least 1",
+            "doc": "power steps of the cold start, one per optimizer step from step 0",
+        },
     )
     num_canonical_chunks: int = field(
         default=8,
-        metadata={"doc": "pieces of a feature axis summed in a fixed tree; a power of two, multiple of TP"},
+        metadata={
+            "range": "power of two",
+            "doc": "pieces of a feature axis summed in a fixed tree; a power of two, multiple of TP",
+        },
     )
     tp_mode: Literal["exact", "fast", "local"] = field(
         default="exact",
@@ -432,12 +471,18 @@ class SpectralLearningRateConfig:
     """
 
     schedule: Literal["stepped", "smooth"] = field(default="stepped", metadata={"doc": "stepped or smooth"})
-    num_leading: int = field(default=5, metadata={"doc": "stepped: directions that keep leading_factor"})
-    leading_factor: float = field(default=1.0, metadata={"doc": "stepped: factor of the leading directions"})
-    head_factor: float = field(
-        default=1.5, metadata={"doc": "stepped: factor of the head's other directions"}
+    num_leading: int = field(
+        default=5, metadata={"range": "at least 0", "doc": "stepped: directions that keep leading_factor"}
     )
-    residual_factor: float = field(default=2.0, metadata={"doc": "stepped: factor of the residual"})
+    leading_factor: float = field(
+        default=1.0, metadata={"range": "finite", "doc": "stepped: factor of the leading directions"}
+    )
+    head_factor: float = field(
+        default=1.5, metadata={"range": "finite", "doc": "stepped: factor of the head's other directions"}
+    )
+    residual_factor: float = field(
+        default=2.0, metadata={"range": "finite", "doc": "stepped: factor of the residual"}
+    )
     apply_to: Literal["dw", "dw_and_dx"] = field(
         default="dw", metadata={"doc": "dw_and_dx also scales dx, which compounds over the layers"}
     )
@@ -454,6 +499,12 @@ class SpectralLearningRateConfig:
             "spectral_learning_rate.num_leading",
             f"must not be negative, received {self.num_leading}",
         )
+        for name in ("leading_factor", "head_factor", "residual_factor"):
+            _require(
+                math.isfinite(getattr(self, name)),
+                f"spectral_learning_rate.{name}",
+                f"must be finite, received {getattr(self, name)}",
+            )
         stepped = (self.num_leading, self.leading_factor, self.head_factor, self.residual_factor)
         _require(
             self.schedule == "stepped" or stepped == (5, 1.0, 1.5, 2.0),
@@ -470,19 +521,23 @@ class DualRangeConfig:
     strength / numel * (square_weight * sum w^2 + inverse_weight * sum 1 / (w^2 + eps)).
     """
 
-    strength: float = field(metadata={"doc": "lambda, at least 0"})
-    square_weight: float = field(default=1.0, metadata={"doc": "a1, holds large weights down"})
-    inverse_weight: float = field(default=1.0, metadata={"doc": "a2, keeps small weights off zero"})
-    eps: float = field(default=1e-3, metadata={"doc": "added to w^2, above 0"})
+    strength: float = field(metadata={"range": "at least 0", "doc": "lambda, at least 0"})
+    square_weight: float = field(
+        default=1.0, metadata={"range": "at least 0", "doc": "a1, holds large weights down"}
+    )
+    inverse_weight: float = field(
+        default=1.0, metadata={"range": "at least 0", "doc": "a2, keeps small weights off zero"}
+    )
+    eps: float = field(default=1e-3, metadata={"range": "above 0", "doc": "added to w^2, above 0"})
 
     def __post_init__(self) -> None:
         for name in ("strength", "square_weight", "inverse_weight"):
             _require(
-                getattr(self, name) >= 0,
+                0 <= getattr(self, name) < math.inf,
                 f"dual_range.{name}",
-                f"must not be negative, received {getattr(self, name)}",
+                f"must not be negative and must be finite, received {getattr(self, name)}",
             )
-        _require(self.eps > 0, "dual_range.eps", f"must be above 0, received {self.eps}")
+        _require(0 < self.eps < math.inf, "dual_range.eps", f"must be above 0, received {self.eps}")
 
 
 CELL_AXES: Mapping[str, tuple[str, str]] = {
@@ -509,7 +564,9 @@ GEMMS = (
 class Recipe:
     """How one linear layer computes; the six cells and what belongs to the layer as a whole."""
 
-    name: str = field(metadata={"doc": "shown in logs, compared when a checkpoint is loaded"})
+    name: str = field(
+        metadata={"range": "not empty", "doc": "shown in logs, compared when a checkpoint is loaded"}
+    )
     fprop_input: CellConfig = field(default_factory=CellConfig, metadata={"doc": "x in y = x w^T"})
     fprop_weight: CellConfig = field(default_factory=CellConfig, metadata={"doc": "w in y = x w^T"})
     dgrad_grad_output: CellConfig = field(default_factory=CellConfig, metadata={"doc": "g in dx = g w"})

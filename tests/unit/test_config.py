@@ -680,7 +680,12 @@ def _spectral(**settings: Any) -> Recipe:
             lambda: SpectralLearningRateConfig(schedule="smooth", head_factor=2.0),
             "have no effect with schedule 'smooth'",
         ),
+        (
+            lambda: SpectralLearningRateConfig(residual_factor=float("nan")),
+            "residual_factor: must be finite, received nan",
+        ),
         (lambda: DualRangeConfig(strength=-1.0), "dual_range.strength: must not be negative"),
+        (lambda: DualRangeConfig(strength=float("inf")), "must be finite, received inf"),
         (lambda: DualRangeConfig(strength=1.0, eps=0.0), "dual_range.eps: must be above 0"),
         (lambda: dataclasses.replace(METIS, basis=None), "exactly when a cell has a split"),
         (lambda: dataclasses.replace(NVFP4, basis=BasisConfig()), "exactly when a cell has a split"),
