@@ -6,13 +6,18 @@ Oracles, written out here as a table: arXiv 2509.25149 section 4 (nvfp4), 2512.0
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from metis import config
 from metis.config import (
     CELL_NAMES,
+    GEMMS,
     BasisConfig,
     CellConfig,
     QuantizerConfig,
@@ -235,3 +240,51 @@ def test_overrides_are_validated():
     assert with_overrides(METIS, name="m2").name == "m2"
     with pytest.raises(ConfigError, match="exactly when a cell has a split"):
         with_overrides(METIS, basis=None)
+
+
+# --- docs/recipes.md ---------------------------------------------------------------------------------------
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _page_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "make_recipe_page", REPOSITORY / "tools" / "make_recipe_page.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_page_is_up_to_date():
+    """Regenerate with `python tools/make_recipe_page.py` after changing a recipe or a setting."""
+    assert (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8") == _page_module().page()
+    assert "docs/recipes.md" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_recipe_page_has_every_recipe_section_and_setting():
+    module = _page_module()
+    text = module.page()
+    for name in RECIPES:
+        assert f"### {name}\n" in text
+    described = {cls for _, cls, _ in module.SECTIONS}
+    known = {value for value in vars(config).values() if dataclasses.is_dataclass(value)}
+    assert described == known
+    for cls in known:
+        for setting in dataclasses.fields(cls):
+            assert f"| `{setting.name}` |" in text and setting.metadata["doc"] in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gemm", "precision"),
+    [
+        ("bf16", "fprop", "compute dtype"),
+        ("nvfp4_forward_bf16", "dgrad", "nvfp4 x nvfp4"),
+        ("fp8", "wgrad", "fp8_e5m2 x fp8_e4m3"),
+        ("mean_split", "wgrad", "nvfp4 x nvfp4 + thin heads"),
+    ],
+)
+def test_the_recipe_page_says_what_each_gemm_multiplies(recipe: str, gemm: str, precision: str):
+    left, right = next(cells for name, *cells in GEMMS if name == gemm)
+    assert _page_module().precision(RECIPES[recipe], left, right) == precision
