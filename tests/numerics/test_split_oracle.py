@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from metis.config import (
     CELL_NAMES,
@@ -41,6 +42,7 @@ from metis.quantize import quantize, random_hadamard, seeded_sign_vector
 from metis.recipes import METIS, NVFP4
 from metis.rng import NoisePosition, random_words, stream_key
 from tests.numerics._assertions import assert_bitwise_equal, assert_sqnr_near, sqnr_db
+from tests.numerics._simulated_ranks import Team, shard_of, use_simulated_collectives
 from tests.numerics.test_decisive_experiment import TABLE as HEAD_FORMAT_ERRORS
 from tests.numerics.test_decisive_experiment import matrix as matrix_with_head
 
@@ -525,3 +527,57 @@ def test_a_packed_input_survives_a_second_backward_and_makes_the_same_bases(reci
         assert_bitwise_equal(results[1][1][name], value, name)
     if not results[0][1]:
         assert_bitwise_equal(results[1][0], results[0][0], "dw")
+
+
+@pytest.mark.parametrize("recipe", [NVFP4, METIS], ids=lambda recipe: recipe.name)
+def test_a_packed_shard_of_tokens_gives_the_weight_gradient_of_the_whole_input(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    """Sequence parallelism: each rank keeps the codes of its tokens and gathers them in backward."""
+    use_simulated_collectives(monkeypatch)
+    tokens = 64
+    x, w, g = (
+        _randn(tokens, IN, seed=1).float(),
+        _operands(torch.float32)["weight"],
+        _randn(tokens, OUT, seed=3),
+    )
+    recipe = replace(recipe, save_packed=True)
+    bases = _bases() if recipe.has_basis else {}
+    plan = _plan(recipe, tokens=Axis.whole(tokens), **bases)
+
+    def weight_grad(x_here: Tensor, plan: LinearPlan) -> Tensor:
+        weight = w.clone().requires_grad_()
+        quantized_linear(x_here, weight, plan).backward(g.float())
+        assert weight.grad is not None
+        return weight.grad
+
+    whole = weight_grad(x, plan)
+    team = Team(2)
+
+    def work(shard: int) -> Tensor:
+        axis = shard_of(tokens, shard, team)
+        mine = replace(plan, token_shard=axis, gather=axis, gathered_operand="input")
+        return weight_grad(x.chunk(2)[shard], mine)
+
+    for dw in team.run(work):
+        _assert_close({"dw": dw}, {"dw": whole}, FP32_SUM, recipe.name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recipe", [NVFP4, METIS], ids=lambda recipe: recipe.name)
+def test_a_packed_input_is_the_same_when_recomputed(recipe: Recipe, reentrant: bool):
+    """Codes, picked rows and so the next bases: bitwise those of the run without recomputation."""
+    results = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        layer = MetisLinear(IN, OUT, bias=False, recipe=replace(recipe, save_packed=True))
+        for step in range(3):
+            x = _randn(112, IN, seed=step).float().requires_grad_()
+            y = checkpoint(layer, x, use_reentrant=reentrant) if recomputed else layer(x)
+            layer.zero_grad()
+            y.backward(_randn(112, OUT, seed=50 + step).float())
+            layer.after_step()
+        assert x.grad is not None and layer.weight.grad is not None
+        results.append({"dx": x.grad, "dw": layer.weight.grad, **layer.state_dict()})
+    for name, value in results[0].items():
+        assert_bitwise_equal(results[1][name], value, name)
