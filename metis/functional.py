@@ -31,6 +31,7 @@ from torch import Tensor
 
 from metis.clock import OperandWatch
 from metis.config import CELL_AXES, BasisConfig, CellConfig, Recipe
+from metis.fused import FusedTensor, from_bytes
 from metis.gemm import EmulatedGemm, GemmBackend, product
 from metis.operand import (
     Axis,
@@ -235,12 +236,23 @@ class Operand:
             noise=plan.noise(name),
             noise_is_transposed=is_transposed(name),
             amax=memo.get(key) if needs_tensor_amax(cell.quantizer) else None,
+            kernels=plan.backend.kernels,
+            want_bytes=self.needs_bytes,
+            want_operand=not plan.backend.reads_bytes,
         )
         if needs_tensor_amax(cell.quantizer):
             memo[key] = encoded.amax
         if plan.watch is not None:
             plan.watch.note(plan, name, self.source, self.split, encoded)
         return encoded
+
+    @property
+    def needs_bytes(self) -> bool:
+        """Whether somebody will read codes and scales: a gather, a packed save, the backend, an observer."""
+        plan = self.plan
+        is_packed = plan.recipe.save_packed and self.cell_name == "wgrad_input"
+        is_observed = plan.watch is not None and plan.watch.observer is not None
+        return self.gather is not None or is_packed or is_observed or plan.backend.reads_bytes
 
     def factors(self) -> tuple[QuantizedTensor | Tensor, ...]:
         """Return the terms of the full-size product: the whole operand, blocks along the contraction axis."""
@@ -265,7 +277,7 @@ def gather_codes(term: QuantizedTensor, shards: Axis, along_columns: bool) -> Qu
         return shards.gather_rows(value)
 
     scales = term.block_scale_bytes()
-    return QuantizedTensor.from_bytes(
+    return from_bytes(
         whole(term.packed()).contiguous(),
         None if scales is None else whole(scales).contiguous(),
         term.amax,
@@ -274,8 +286,9 @@ def gather_codes(term: QuantizedTensor, shards: Axis, along_columns: bool) -> Qu
 
 
 def _layout(term: QuantizedTensor) -> dict[str, Any]:
-    """Return what `QuantizedTensor.from_bytes` must know beside the bytes and the amax."""
+    """Return what `from_bytes` must know beside the bytes and the amax."""
     return {
+        "fused": isinstance(term, FusedTensor),
         "block_shape": term.block_shape,
         "scale_target": term.scale_target,
         "format": term.format,
@@ -433,8 +446,7 @@ class PackedInput:
         """Return the operand again from the saved tensors."""
         p, parts = (saved[0], saved[1:]) if self.has_head else (None, saved)
         terms = tuple(
-            QuantizedTensor.from_bytes(*parts[3 * i : 3 * i + 3], **layout)
-            for i, layout in enumerate(self.layouts)
+            from_bytes(*parts[3 * i : 3 * i + 3], **layout) for i, layout in enumerate(self.layouts)
         )
         return Operand(
             plan=self.plan,

@@ -26,6 +26,8 @@ from torch import Tensor
 from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose.projector import chunk_partials, head_and_residual, num_chunks_for, tree_sum
 from metis.errors import ConfigError
+from metis.fused import FusedTensor, KernelChoice, can_fuse, fused_amax, fused_quantize
+from metis.kernels import KernelNoise
 from metis.quantize import (
     QuantizedTensor,
     quantize,
@@ -258,12 +260,23 @@ class NoiseStream:
         key = stream_key(self.seed, self.layer, self.operand)
         return random_words(key, self.position, rows.indices(device), cols.indices(device))
 
+    def for_kernel(self, rows: Axis, cols: Axis, is_transposed: bool) -> KernelNoise:
+        """Return the same stream as a kernel takes it, for a matrix [rows, cols]."""
+        tokens, features = (cols, rows) if is_transposed else (rows, cols)
+        return KernelNoise(
+            key=stream_key(self.seed, self.layer, self.operand),
+            position=self.position,
+            tokens=tokens.runs,
+            features=features.runs,
+            tokens_are_cols=is_transposed,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedMatrix:
     """A quantised matrix: the sum of one or two terms, all blocked along the columns."""
 
-    terms: tuple[QuantizedTensor, ...]
+    terms: tuple[QuantizedTensor | FusedTensor, ...]
 
     @property
     def amax(self) -> Tensor:
@@ -299,16 +312,30 @@ def encode(
     noise: NoiseStream | None = None,
     noise_is_transposed: bool = False,
     amax: Tensor | None = None,
+    kernels: KernelChoice = "torch",
+    want_bytes: bool = False,
+    want_operand: bool = True,
 ) -> EncodedMatrix:
     """Quantise `matrix` [rows, cols] with blocks along its columns, the contraction axis of its GEMM.
 
     Order: float64 (exact test mode) rounded once to fp32, Hadamard (rounded to bf16), tensor amax (reduced
     over the ranks that hold the rest of either axis when `amax_scope` is global), scales, rounding.
     `noise_is_transposed` says that the matrix is a transposed copy, so that random bits are still looked up
-    by (row, column) of the original. A second term quantises what the first leaves, in fp32.
+    by (row, column) of the original. A second term quantises what the first leaves, in fp32. kernels: who
+    computes it, with the same bits; want_bytes: a kernel writes codes and scales too, want_operand: the
+    decoded operand.
     """
     if matrix.dtype == torch.float64:
         matrix = matrix.to(torch.float32)
+    if quantizer.num_terms == 1 and can_fuse(matrix, quantizer, kernels):
+        if amax is None and needs_tensor_amax(quantizer):
+            amax = _over_ranks(fused_amax(matrix, quantizer), rows, cols, amax_scope)
+        words = None
+        if quantizer.rounding == "stochastic":
+            assert noise is not None, "stochastic rounding needs a noise stream"
+            words = noise.for_kernel(rows, cols, noise_is_transposed)
+        fused = fused_quantize(matrix, quantizer, amax, words, want_bytes, want_operand)
+        return EncodedMatrix(terms=(fused,))
     matrix = rotate(matrix, quantizer.rht)
     words = None
     if quantizer.rounding == "stochastic":
@@ -329,6 +356,10 @@ def needs_tensor_amax(quantizer: QuantizerConfig) -> bool:
     return quantizer.format == "nvfp4" or quantizer.block_shape is None
 
 
+def _over_ranks(amax: Tensor, rows: Axis, cols: Axis, amax_scope: str) -> Tensor:
+    return cols.reduce_max(rows.reduce_max(amax)) if amax_scope == "global" else amax
+
+
 def _quantize(
     matrix: Tensor,
     quantizer: QuantizerConfig,
@@ -339,9 +370,7 @@ def _quantize(
     amax: Tensor | None,
 ) -> QuantizedTensor:
     if amax is None and needs_tensor_amax(quantizer):
-        amax = tensor_amax(matrix)
-        if amax_scope == "global":
-            amax = cols.reduce_max(rows.reduce_max(amax))
+        amax = _over_ranks(tensor_amax(matrix), rows, cols, amax_scope)
     if quantizer.format == "nvfp4":
         assert quantizer.block_shape is not None
         return quantize(

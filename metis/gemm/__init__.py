@@ -7,7 +7,7 @@ lacks is an error, never a silent fallback.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,15 @@ __all__ = ["EmulatedGemm", "GemmBackend", "product"]
 
 
 class GemmBackend(Protocol):
-    """D = alpha * A B^T with quantised A [M, K] and B [N, K], alpha applied to the accumulator."""
+    """D = alpha * A B^T with quantised A [M, K] and B [N, K], alpha applied to the accumulator.
+
+    kernels: who makes its operands (`metis.fused`). reads_bytes: it wants codes and scales rather than the
+    decoded operand.
+    """
 
     name: str
+    kernels: Literal["auto", "triton", "torch"]
+    reads_bytes: bool
 
     def multiply(self, a: QuantizedTensor, b: QuantizedTensor, accumulate: torch.dtype) -> Tensor:
         """Return [M, N] in `accumulate` (fp32, or fp64 in the exact test mode)."""

@@ -13,6 +13,9 @@ bits. Their scales multiply the partial sum of each block along the contraction 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
@@ -30,10 +33,13 @@ def product(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
     return a.to(accumulate) @ b.to(accumulate).t()
 
 
+@dataclass(frozen=True, slots=True)
 class EmulatedGemm:
-    """The emulated backend; stateless."""
+    """The emulated backend. kernels: who quantises its operands, see `metis.fused.can_fuse`."""
 
-    name = "emulated"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    name: ClassVar[str] = "emulated"
+    reads_bytes: ClassVar[bool] = False
 
     def multiply(self, a: QuantizedTensor, b: QuantizedTensor, accumulate: torch.dtype) -> Tensor:
         """Return alpha * A B^T, [M, N] in `accumulate`; alpha is `gemm_alpha(a, b)`, in fp32.
@@ -42,7 +48,7 @@ class EmulatedGemm:
         otherwise `sum_j f(scale_a_j * scale_b_j) * (values_a_j values_b_j^T)` over the blocks j along K, each
         step in `accumulate`, an exact operand counting with its block scales in its values.
         """
-        on_cuda = a.values.device.type == "cuda" and accumulate == torch.float32
+        on_cuda = a.device.type == "cuda" and accumulate == torch.float32
         dtype = torch.bfloat16 if on_cuda else accumulate
         if a.is_exact_in_bf16 and b.is_exact_in_bf16:
             accumulator = product(a.operand(dtype), b.operand(dtype), accumulate)
@@ -59,7 +65,7 @@ def _product_by_blocks(
     """Sum the products of blocks along K, each times its scales: [M, N] in `accumulate`."""
     width = next(q.block_shape[1] for q in (a, b) if not q.is_exact_in_bf16)
     (values_a, scales_a), (values_b, scales_b) = _apart(a, dtype, accumulate), _apart(b, dtype, accumulate)
-    accumulator = torch.zeros(a.shape[0], b.shape[0], dtype=accumulate, device=a.values.device)
+    accumulator = torch.zeros(a.shape[0], b.shape[0], dtype=accumulate, device=a.device)
     for index, start in enumerate(range(0, a.shape[1], width)):
         columns = slice(start, start + width)
         partial = product(values_a[:, columns], values_b[:, columns], accumulate)

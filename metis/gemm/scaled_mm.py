@@ -25,6 +25,7 @@ Traps:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,10 +73,15 @@ def native_operand(x: QuantizedTensor) -> NativeOperand:
     )
 
 
+@dataclass(frozen=True, slots=True)
 class ScaledMmGemm:
-    """The native backend; stateless. Make it with `scaled_mm_backend`, which checks the device."""
+    """The native backend. Make it with `scaled_mm_backend`, which checks the device. kernels: who quantises
+    its operands, see `metis.fused.can_fuse`.
+    """
 
-    name = "scaled_mm"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    name: ClassVar[str] = "scaled_mm"
+    reads_bytes: ClassVar[bool] = True
 
     def multiply(self, a: QuantizedTensor, b: QuantizedTensor, accumulate: torch.dtype) -> Tensor:
         """Return g_a g_b A B^T, [M, N]: accumulated in fp32, returned in `accumulate` (fp32 or bf16).
@@ -141,10 +147,12 @@ def is_training_family(device: torch.device | str) -> bool:
     return torch.cuda.get_device_capability(device)[0] == TRAINING_MAJOR
 
 
-def scaled_mm_backend(device: torch.device | str) -> ScaledMmGemm:
+def scaled_mm_backend(
+    device: torch.device | str, kernels: Literal["auto", "triton", "torch"] = "auto"
+) -> ScaledMmGemm:
     """Return the native backend for `device`; raises ConfigError where it cannot run."""
     require_native_gemm(device, ScaledMmGemm.name)
-    return ScaledMmGemm()
+    return ScaledMmGemm(kernels=kernels)
 
 
 def require_native_gemm(device: torch.device | str, asked: str) -> None:

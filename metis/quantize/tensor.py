@@ -104,6 +104,11 @@ class QuantizedTensor:
         return self.values.shape
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensor lies."""
+        return self.values.device
+
+    @property
     def element_max(self) -> float:
         """Largest magnitude that an element can have before its scales: 6, 448 or 57344."""
         return FORMAT_ELEMENT_MAX[self.format]

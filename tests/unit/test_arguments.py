@@ -135,6 +135,7 @@ OUR_DEFAULTS = {
     "policy": None,
     "exact_reductions": False,
     "gemm_backend": "auto",
+    "quantize_kernels": "auto",
     "device": "auto",
     "keep_last_checkpoints": None,
     "metrics_file": None,

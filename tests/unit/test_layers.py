@@ -24,6 +24,7 @@ ROWS = (
     ("metis.rng", "metis.rounding"),
     ("metis.clock",),
     ("metis.quantize", "metis.decompose", "metis.kernels"),
+    ("metis.fused",),
     ("metis.operand",),
     ("metis.gemm",),
     ("metis.functional",),
