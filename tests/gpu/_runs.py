@@ -88,6 +88,7 @@ class Session:
     out: Path
     scratch: Path
     deadline: float
+    gpu: int = 0
     table: list[tuple[str, str, str, str]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     done: dict[str, Run] = field(default_factory=dict)
@@ -96,13 +97,6 @@ class Session:
         """Add a line to the table and print it at once."""
         self.table.append((part, name, verdict, detail))
         print(f"== {part} | {name} | {verdict} | {detail}")
-
-    @property
-    def gpus(self) -> int:
-        """Number of GPUs here (1 on a CPU)."""
-        import torch
-
-        return max(1, torch.cuda.device_count())
 
     @property
     def seconds_left(self) -> float:
@@ -144,7 +138,7 @@ class Session:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         if run.ranks == 1 and self.device == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = str(run.gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu + run.gpu)
         with open(self.scratch / f"{run.name}.log", "w") as log:
             log.write(" ".join(command) + "\n")
             log.flush()

@@ -90,6 +90,17 @@ def part_billion(session: Session) -> None:
     report_training(session, "1b", runs, must_learn=False)
 
 
+def part_billion_packed(session: Session) -> None:
+    """What keeping the input packed for backward saves at 1B, and what plain PyTorch quantisers cost."""
+    file = session.scratch / "metis_packed.yaml"
+    file.write_text("base: metis\nsave_packed: true\n")
+    plain = session.billion("1b-nvfp4-torch", "nvfp4", 5, quantize_kernels="torch")
+    packed = session.billion("1b-metis-packed", str(file), 10)
+    for run in (packed, plain):
+        session.together([run], 100)
+    report_training(session, "1b", [packed, plain], must_learn=False)
+
+
 def part_resume(session: Session) -> None:
     """Twice the same run, and one that is resumed from the middle, plain and in deterministic mode."""
     modes: dict[str, dict[str, Any]] = {"plain": {}, "deterministic": {"deterministic_mode": None}}
@@ -164,6 +175,8 @@ def part_single(session: Session) -> None:
 
 def compare_layout(session: Session, layout: str, options: dict[str, Any]) -> None:
     """Run every recipe on two ranks and compare with one rank from the same seed and data."""
+    missing = [recipe for recipe in RECIPES if f"single-{recipe}" not in session.done]
+    session.together([session.tiny(f"single-{recipe}", recipe, STEPS_COMPARED) for recipe in missing], 110)
     for recipe in RECIPES:
         run = session.tiny(f"{layout}-{recipe}", recipe, STEPS_COMPARED, 2, **options)
         if layout == "tp2":
@@ -252,25 +265,26 @@ TE = {"transformer_impl": "transformer_engine"}
 
 def part_te(session: Session) -> None:
     """Transformer Engine's norm and attention around our linears: as the local layers, and bitwise resume."""
+    local, whole, resumed = {}, {}, {}
     for recipe in RECIPES:
-        local = session.done.get(f"single-{recipe}") or session.tiny(
-            f"single-{recipe}", recipe, STEPS_COMPARED
-        )
         name = f"te-{recipe}"
         save = {"save": session.scratch / name, "save_interval": SAVED_AT, "deterministic_mode": None}
         load = {"load": session.scratch / name, "ckpt_step": SAVED_AT, "deterministic_mode": None}
-        whole = session.tiny(name, recipe, STEPS_COMPARED, gpu=1 % session.gpus, **TE, **save)
-        resumed = session.tiny(f"{name}-resumed", recipe, STEPS_COMPARED, gpu=1 % session.gpus, **TE, **load)
-        session.together([whole] if local.ok else [local, whole], 120)
-        session.together([resumed], 90)
-        if not local.ok or not whole.ok:
-            session.add("te", recipe, "FAILED", f"local: {local.status}, TE: {whole.status}")
+        local[recipe] = session.tiny(f"single-{recipe}", recipe, STEPS_COMPARED)
+        whole[recipe] = session.tiny(name, recipe, STEPS_COMPARED, **TE, **save)
+        resumed[recipe] = session.tiny(f"{name}-resumed", recipe, STEPS_COMPARED, **TE, **load)
+    session.together([*local.values(), *whole.values()], 150)
+    session.together(list(resumed.values()), 120)
+    for recipe in RECIPES:
+        if not local[recipe].ok or not whole[recipe].ok:
+            detail = f"local: {local[recipe].status}, TE: {whole[recipe].status}"
+            session.add("te", recipe, "FAILED", detail)
             continue
-        losses = relative(local.values("lm_loss"), whole.values("lm_loss"))
-        good = finite(whole) and losses[0] < FIRST_LOSS[recipe] and max(losses) < SAME_LOSS[recipe]
+        losses = relative(local[recipe].values("lm_loss"), whole[recipe].values("lm_loss"))
+        good = finite(whole[recipe]) and losses[0] < FIRST_LOSS[recipe] and max(losses) < SAME_LOSS[recipe]
         detail = f"against local: first loss {losses[0]:.1e}, worst of {len(losses)} {max(losses):.1e}"
         session.add("te", recipe, "ok" if good else "DIFFERS", detail)
-        report_resume(session, "te", f"{recipe} resume", whole, resumed, SAVED_AT)
+        report_resume(session, "te", f"{recipe} resume", whole[recipe], resumed[recipe], SAVED_AT)
 
 
 def part_te_tp2(session: Session) -> None:
@@ -292,13 +306,14 @@ def part_te_billion(session: Session) -> None:
 PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
     "one": {
         "smoke": part_smoke, "bits": part_bits, "resume": part_resume, "billion": part_billion,
+        "billion-packed": part_billion_packed,
         "tiny": part_tiny, "resume-billion": part_resume_billion,
         "deterministic-speed": part_deterministic_speed, "te": part_te, "te-billion": part_te_billion,
     },
     "two": {
         "single": part_single, "tp2": part_tp2, "resume-tp2": part_resume_tp2, "dp2": part_dp2,
         "pp2": part_pp2, "cp2": part_cp2, "vpp2": part_vpp2, "tp2-fp32": part_tp2_fp32,
-        "billion-tp2": part_billion_tp2, "te": part_te, "te-tp2": part_te_tp2, "te-billion": part_te_billion,
+        "billion-tp2": part_billion_tp2, "te-tp2": part_te_tp2,
     },
 }  # fmt: skip
 
@@ -331,6 +346,7 @@ def main() -> int:
     parser.add_argument("--parts", help="some of the machine's parts, separated by commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--data", type=Path, default=REPOSITORY / ".gpu_data", help="t.bin, t.idx, sp.model")
+    parser.add_argument("--gpu", type=int, default=0, help="the GPU of runs on one rank")
     parser.add_argument("--minutes", type=float, default=8.0, help="no part starts after this")
     args = parser.parse_args()
     out = Path(os.environ.get("OUT", REPOSITORY / "runs" / "gpu"))
@@ -341,7 +357,7 @@ def main() -> int:
         parser.error(f"--parts must be of {', '.join(parts)}, received {', '.join(unknown)}")
     with tempfile.TemporaryDirectory(prefix="metis-gpu-") as scratch:
         deadline = time.time() + 60 * args.minutes
-        session = Session(args.device, args.data.resolve(), out, Path(scratch), deadline)
+        session = Session(args.device, args.data.resolve(), out, Path(scratch), deadline, gpu=args.gpu)
         session.results["machine"] = describe_machine()
         print(session.results["machine"])
         for name in chosen:
