@@ -32,6 +32,8 @@ CHECKPOINT_VERSION = 3.0
 FULLY_RESHARDABLE = "fully_reshardable"
 DP_RESHARDABLE = "dp_reshardable"
 NO_SHARDING = "none"
+EXTRA_STATE = "_extra_state"
+
 RNG_KEY = "rng_state"
 FULLY_RESHARDABLE_MAX_PARAMETERS = 13_000_000_000
 """Up to this model size gathering the optimizer state on save is cheap enough to be the default."""
@@ -120,6 +122,16 @@ def model_keys(model: list[torch.nn.Module]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
 
 
+def without_extra_state(sharded: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a module but the `_extra_state` objects of Transformer Engine.
+
+    They hold scaling state of its FP8 recipes, which are not used here. Kept per layer as pieces of one
+    object, they would make a checkpoint of a model that has its modules in some layers only impossible, and
+    tie a checkpoint to the implementation that wrote it.
+    """
+    return {name: value for name, value in sharded.items() if not name.endswith(EXTRA_STATE)}
+
+
 def build_sharded_state_dict(
     model: list[torch.nn.Module],
     optimizer: Any,
@@ -137,7 +149,7 @@ def build_sharded_state_dict(
     metadata = {**metadata, "dp_cp_group": data_parallel_group()}
     sharded: dict[str, Any] = {}
     for key, chunk in zip(model_keys(model), unwrap_model(model), strict=True):
-        sharded[key] = chunk.sharded_state_dict(metadata=metadata)
+        sharded[key] = without_extra_state(chunk.sharded_state_dict(metadata=metadata))
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(
             dict(sharded), is_loading=is_loading, metadata=metadata

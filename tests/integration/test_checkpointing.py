@@ -385,6 +385,27 @@ def test_saving_the_same_iteration_again_is_safe(tmp_path: Path) -> None:
     run_ranks(_overwrite, 1, str(tmp_path))
 
 
+def _extra_state_in_one_layer(rank: int, world_size: int, folder: str) -> None:
+    def with_extra_state(session: Session) -> Session:
+        norm = session.first_layer().input_layernorm
+        methods = {"get_extra_state": lambda self: torch.ones(1), "set_extra_state": lambda self, state: None}
+        norm.__class__ = type("NormWithExtraState", (norm.__class__,), methods)
+        return session
+
+    writer = with_extra_state(Session(folder, world_size, {}))
+    assert any(name.endswith("_extra_state") for name in writer.first_layer().state_dict())
+    writer.steps(1)
+    writer.save()
+    for reader in (Session(folder, world_size, {}), with_extra_state(Session(folder, world_size, {}))):
+        assert reader.load()
+        assert_same_tensors(reader.parameters(), writer.parameters())
+
+
+def test_modules_with_extra_state_in_some_layers_do_not_tie_a_checkpoint_to_them(tmp_path: Path) -> None:
+    """As where Transformer Engine's classes make some layers and ours the others."""
+    run_ranks(_extra_state_in_one_layer, 1, str(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------ async and
 # retention
 
