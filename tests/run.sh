@@ -17,7 +17,9 @@ done
 
 # Multi-rank tests run 2 to 4 processes; more threads than one in each only get in each other's way.
 export OMP_NUM_THREADS=1
-command=("$METIS_PY" -m pytest --durations=10 --durations-min=5)
+# Most tests wait for processes to start, so two workers take little more than half the time; a file stays whole.
+command=("$METIS_PY" -m pytest --durations=25 --durations-min=5 -n "${METIS_TEST_WORKERS:-2}" --dist loadfile
+    --no-loadscope-reorder)
 if [ -z "$long" ]; then
     exec "${command[@]}" -m "not long" ${arguments[@]+"${arguments[@]}"}
 fi
