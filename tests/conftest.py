@@ -1,5 +1,5 @@
-"""Makes `from tests._distributed import run_ranks` work however pytest is started, and puts long files first, so
-that two workers finish at about the same time.
+"""Makes `from tests._distributed import run_ranks` work however pytest is started, and puts long files first,
+so that two workers finish at about the same time.
 """
 
 import sys
