@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ BLOCK_SHAPES: Mapping[str, tuple[tuple[int, int] | None, ...]] = {
 """Blocks of each format, [rows, columns] with columns along the contraction axis; None: the whole tensor."""
 
 T = TypeVar("T")
+
+_FLOAT_WITHOUT_POINT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 
 
 def _require(condition: bool, where: str, message: str) -> None:
@@ -261,7 +264,8 @@ class RankConfig:
         """
         if self.fixed is not None:
             return min(self.fixed, dimension)
-        wanted = -(-int(-(-(dimension * self.fraction) // 1)) // self.multiple) * self.multiple
+        # Rounded first: 0.07 * 1600 is 112.00000000000001 in binary and must not become another multiple.
+        wanted = math.ceil(round(dimension * self.fraction, 6) / self.multiple) * self.multiple
         return min(dimension, max(self.minimum, min(self.maximum, wanted)))
 
 
@@ -607,6 +611,11 @@ class Recipe:
             "recipe.amax_scope",
             f"must be 'global' or 'te', received {self.amax_scope!r}",
         )
+        _require(
+            self.amax_scope == "global" or self.has_tensor_amax,
+            "recipe.amax_scope",
+            "has no effect unless a cell makes a scale from the amax of the whole tensor; remove it",
+        )
         self._check_splits()
         for gemm, left, right in GEMMS:
             self._check_gemm(gemm, getattr(self, left).quantizer, getattr(self, right).quantizer)
@@ -702,6 +711,16 @@ class Recipe:
         )
 
     @property
+    def has_tensor_amax(self) -> bool:
+        """Whether a cell or factor has a scale made from the whole tensor's amax (nvfp4, fp8 per tensor)."""
+        quantizers = [getattr(self, name).quantizer for name in CELL_NAMES]
+        splits = (getattr(self, name).split for name in CELL_NAMES)
+        quantizers += [split.factor_quantizer for split in splits if split is not None]
+        if self.reparametrisation is not None:
+            quantizers.append(self.reparametrisation.factor_quantizer)
+        return any(q is not None and (q.format == "nvfp4" or q.block_shape is None) for q in quantizers)
+
+    @property
     def has_basis(self) -> bool:
         """Whether any cell keeps a basis."""
         splits = (getattr(self, name).split for name in CELL_NAMES)
@@ -739,17 +758,20 @@ class Recipe:
             found.append(("reparametrisation.rank", factors.rank.columns(in_features), multiple))
         return found
 
-    def axis_multiple(self, axis: str) -> int:
+    def axis_multiple(self, axis: str, forward_only: bool = False) -> int:
         """Return what `tokens`, `in_features` or `out_features` held by a rank must be a multiple of."""
         multiples = [1]
         for name, (rows, cols) in CELL_AXES.items():
             quantizer: QuantizerConfig | None = getattr(self, name).quantizer
-            if quantizer is None:
+            if quantizer is None or (forward_only and not name.startswith("fprop")):
                 continue
             if axis == cols:
                 multiples.append(quantizer.contraction_multiple)
             if axis == rows and not quantizer.is_1d:
                 multiples.append(quantizer.block_shape[0])  # type: ignore[index]
+        factors = None if self.reparametrisation is None else self.reparametrisation.factor_quantizer
+        if factors is not None and axis == "in_features":
+            multiples.append(factors.contraction_multiple)  # V is blocked along K
         return max(multiples)
 
     @property
@@ -820,6 +842,8 @@ def _coerce(hint: Any, item: Any, where: str) -> Any:
             )
         return item
     if dataclasses.is_dataclass(hint):
+        if item is None:  # a section removed: what it is by default
+            return hint()  # type: ignore[operator]
         return from_dict(hint, item, where)  # type: ignore[arg-type]
     if origin is tuple:
         if not isinstance(item, list | tuple) or not all(isinstance(part, int) for part in item):
@@ -827,6 +851,8 @@ def _coerce(hint: Any, item: Any, where: str) -> Any:
         return tuple(item)
     if hint is float and isinstance(item, int) and not isinstance(item, bool):
         return float(item)
+    if hint is float and isinstance(item, str) and _FLOAT_WITHOUT_POINT.fullmatch(item):
+        return float(item)  # YAML 1.1 reads 1e-3 as text
     if not isinstance(item, hint) or (hint is not bool and isinstance(item, bool)):
         raise ConfigError(where, f"must be of type {hint.__name__}, received {item!r}")
     return item

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from metis.clock import OperandWatch
 from metis.config import CELL_AXES, BasisConfig, CellConfig, Recipe
@@ -239,6 +240,7 @@ class Operand:
             kernels=plan.backend.kernels,
             want_bytes=self.needs_bytes,
             want_operand=not plan.backend.reads_bytes,
+            gather=self.gather,
         )
         if needs_tensor_amax(cell.quantizer):
             memo[key] = encoded.amax
@@ -299,8 +301,9 @@ def _layout(term: QuantizedTensor) -> dict[str, Any]:
 def multiply(left: Operand, right: Operand, accumulate: torch.dtype) -> Tensor:
     """Return the full-size product left right^T over the contraction axis, each term with each other."""
     total: Tensor | None = None
-    for a in left.factors():
-        for b in right.factors():
+    lefts, rights = left.factors(), right.factors()
+    for a in lefts:
+        for b in rights:
             if isinstance(a, Tensor) or isinstance(b, Tensor):
                 assert isinstance(a, Tensor) and isinstance(b, Tensor)
                 part = product(a, b, accumulate)
@@ -385,7 +388,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, keep: bool) -> Tensor:
-        ctx.plan, ctx.weight, ctx.memo, ctx.kept = plan, w_NK, {}, None
+        ctx.plan, ctx.weight, ctx.memo, ctx.kept, ctx.is_sketched = plan, w_NK, {}, None, False
         y = fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype), ctx.memo).to(x_MK.dtype)
         if keep and plan.recipe.save_packed:
             ctx.kept = PackedInput(plan.open(x_MK, "wgrad_input", ctx.memo))
@@ -399,7 +402,13 @@ class _QuantizedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g_MN.device.type, enabled=False):
+            return _QuantizedLinear._backward(ctx, g_MN)
+
+    @staticmethod
+    def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         plan: LinearPlan = ctx.plan
         accumulate, memo = _accumulate_dtype(g_MN.dtype), dict(ctx.memo)
         w_NK, first, *saved = ctx.saved_tensors
@@ -412,7 +421,8 @@ class _QuantizedLinear(torch.autograd.Function):
                 dx = plan.gather.scatter_sum(dx)
         if ctx.needs_input_grad[1]:
             dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x, plan, accumulate, memo))
-        if plan.sketch is not None:
+        if plan.sketch is not None and not ctx.is_sketched:
+            ctx.is_sketched = True  # a graph that is kept may be walked again
             rows = plan.sketch.pick("input", x) if ctx.kept is None else first
             for operand, picked in (("input", rows), ("grad_output", plan.sketch.pick("grad_output", g_MN))):
                 if picked is not None:
@@ -484,4 +494,5 @@ def quantized_linear(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
     x: [M, K] and w: [N, K], both fp32 or both bf16 (float64 in the exact test mode, where quantisers read
     fp32).
     """
-    return _QuantizedLinear.apply(x_MK, w_NK, plan, torch.is_grad_enabled())
+    with torch.autocast(x_MK.device.type, enabled=False):  # it would turn fp32 accumulation into bf16
+        return _QuantizedLinear.apply(x_MK, w_NK, plan, torch.is_grad_enabled())

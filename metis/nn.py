@@ -247,6 +247,12 @@ class OperandBasis(nn.Module):
         for name, value in current.items():
             if loaded[name].dim() > value.dim():  # gate|up lies in checkpoints as [parts, width, columns]
                 loaded[name] = loaded[name].flatten(0, 1)
+            if name == "counters" and int(loaded[name].flatten()[1]) != self.state.rank:
+                error_msgs.append(
+                    f"{prefix}{name}: a basis of rank {int(loaded[name].flatten()[1])} is not one of rank "
+                    f"{self.state.rank}"
+                )
+                return
             if loaded[name].shape != value.shape:
                 error_msgs.append(
                     f"{prefix}{name}: shape {tuple(loaded[name].shape)} is not {tuple(value.shape)}"
@@ -333,6 +339,7 @@ class LinearCore(nn.Module):
         _check_features(recipe, layer, in_features, out_features)
         self.bases = self._bases_for(recipe, nn.ModuleDict(), device)
         self.borrowed: frozenset[str] = frozenset()
+        self._lender: tuple[LinearCore, ...] = ()  # in a tuple: the owner is no submodule of this one
 
     def _bases_for(self, recipe: Recipe, old: nn.ModuleDict, device: Any) -> nn.ModuleDict:
         """Return the bases that `recipe` keeps, each going on from the one of its operand in `old`."""
@@ -373,7 +380,7 @@ class LinearCore(nn.Module):
         _check_features(recipe, self.layer, self.in_features, self.out_features)
         own = nn.ModuleDict({name: b for name, b in self.bases.items() if name not in self.borrowed})
         self.bases = self._bases_for(recipe, own, device)
-        self.recipe, self.borrowed = recipe, frozenset()
+        self.recipe, self.borrowed, self._lender = recipe, frozenset(), ()
 
     def borrow_input_basis(self, owner: LinearCore) -> None:
         """Use the input basis of `owner`, a linear that reads the same input; only the owner sketches and
@@ -406,7 +413,7 @@ class LinearCore(nn.Module):
                 f"and {its}; give both linears one recipe",
             )
         self.bases["input"] = owner.bases["input"]
-        self.borrowed = frozenset({"input"})
+        self.borrowed, self._lender = frozenset({"input"}), (owner,)
 
     def forward(
         self, x_MK: Tensor, w_NK: Tensor, tokens: Axis, sequence: SequenceShard | None = None
@@ -416,14 +423,23 @@ class LinearCore(nn.Module):
         tokens: of all rows that this rank multiplies. sequence: x (or the output, and so its gradient) is a
         shard of those rows.
         """
-        if torch.is_grad_enabled() and self.recipe.wgrad_input.quantizer is not None:
-            for axis in (tokens, *(() if sequence is None else (sequence.tokens,))):
-                _check_tokens(self.recipe, self.layer, axis)
+        multiple = self.recipe.axis_multiple("tokens", forward_only=not torch.is_grad_enabled())
+        for axis in (tokens, *(() if sequence is None else (sequence.tokens,))):
+            _check_tokens(multiple, self.layer, axis)
         return quantized_linear(x_MK, w_NK, self.plan(tokens, sequence))
 
     def plan(self, tokens: Axis, sequence: SequenceShard | None = None) -> LinearPlan:
         """Return the plan of a forward pass that starts now."""
         clock, position = self.clock, self.clock.position
+        basis = self.recipe.basis
+        assert sequence is None or basis is None or basis.tp_mode != "local", "no shared basis to gather by"
+        for owner in self._lender:
+            if "input" not in owner.bases or owner.bases["input"] is not self.bases["input"]:
+                raise ConfigError(
+                    f"{self.layer}: input basis",
+                    f"must be the one that {owner.layer} renews, which has another since its recipe changed; "
+                    "borrow it again",
+                )
         active = {f"v_{name}": basis.active for name, basis in self.bases.items()}  # type: ignore[operator]
         sketching = {
             name: basis
@@ -538,13 +554,12 @@ def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features:
             )
 
 
-def _check_tokens(recipe: Recipe, layer: str, tokens: Axis) -> None:
-    multiple = recipe.axis_multiple("tokens")
+def _check_tokens(multiple: int, layer: str, tokens: Axis) -> None:
     for _, length in tokens.runs:
         if length % multiple:
             raise ShapeError(
                 layer,
-                f"tokens per microbatch and rank must be a multiple of {multiple} (wgrad blocks run along "
+                f"tokens per microbatch and rank must be a multiple of {multiple} (blocks run along "
                 f"tokens), received a run of {length}; change the sequence length or the micro batch size",
             )
 
@@ -555,10 +570,12 @@ class MetisLinear(nn.Module):
 
     Call `after_step()` once after every optimizer step: it advances the clock and renews the bases; where the
     recipe regularises weights, call `before_step()` before that step. The recipe `bf16` is
-    `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of
-    the initial weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it. backend: who multiplies
-    FP4 operands (None: emulated). share_input_basis_with: a linear that reads the same input; this one uses
-    its input basis and keeps none of its own (`LinearCore.borrow_input_basis`).
+    `torch.nn.functional.linear`, bitwise. With reparametrisation `weight` is the residual of the initial
+    weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it. backend: who multiplies FP4 operands
+    (None: emulated). clock: position in training, shared by the layers of a model, which the caller advances;
+    without one the layer keeps its own: its seed is drawn from torch's generator, a microbatch ends with
+    its backward, and seed and step are part of the state dict. share_input_basis_with: a linear that reads
+    the same input; this one uses its input basis and keeps none of its own (`LinearCore.borrow_input_basis`).
     Raises ShapeError when a size is no multiple of 16, on construction for features and in training for
     tokens.
     """
@@ -579,17 +596,21 @@ class MetisLinear(nn.Module):
     ) -> None:
         super().__init__()
         recipe = resolve_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.clock = clock or TrainingClock()
-        self.owns_clock = clock is None
         plain = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight, self.bias = plain.weight, plain.bias
+        self.owns_clock = clock is None
+        if clock is None:
+            # Drawn as initial weights are: two layers without names must not share their random numbers.
+            is_random = not recipe.is_high_precision
+            clock = TrainingClock(seed=int(torch.randint(2**31, ())) if is_random else 0)
+        self.clock, self._announced, self._num_backwards, self._num_tokens = clock, 0, 0, 0
         self.core = LinearCore(
             recipe=recipe,
             layer=name,
             in_features=Axis.whole(in_features),
             out_features=Axis.whole(out_features),
             clock=self.clock,
-            device=device or "cpu",
+            device=self.weight.device,
             backend=backend,
         )
         if share_input_basis_with is not None:
@@ -611,14 +632,32 @@ class MetisLinear(nn.Module):
         """Return x w^T + bias; x: [..., K]; rows in the order of `x.flatten(0, -2)` are the tokens."""
         if self.core.recipe.is_high_precision:
             return nn.functional.linear(x, self.weight, self.bias)
+        if x.dtype != self.weight.dtype or x.dtype == torch.float16:
+            raise ShapeError(
+                f"{self.core.layer}: input",
+                f"must have the weight's dtype, float32 or bfloat16, received {x.dtype} and a weight in "
+                f"{self.weight.dtype}; convert one of them",
+            )
         x_MK = x.reshape(-1, x.shape[-1])
-        if self.training and self.owns_clock:
+        if x_MK.shape[0] == 0:
+            return nn.functional.linear(x, self.weight, self.bias)
+        if self.training and self.owns_clock and torch.is_grad_enabled():
+            if self.clock.position.microbatch == self._announced:  # nobody else has announced one
+                self._announced = self._num_backwards
+                self.clock.begin_microbatch(self._announced)
             self.clock.num_tokens_per_step = max(self.clock.num_tokens_per_step, x_MK.shape[0])
         y = self.core(x_MK, self.weight, Axis.whole(x_MK.shape[0]))
         if self.factors is not None:
             y = y + self.factors(x_MK, self.u, self.s, self.v)
         y = y if self.bias is None else y + self.bias
+        if self.owns_clock and y.requires_grad:
+            y.register_hook(self._count_backward)
         return y.view(*x.shape[:-1], -1)
+
+    def _count_backward(self, grad: Tensor) -> None:
+        """Note that a microbatch is done; counted in backward, so that recomputation sees its forward's."""
+        self._num_backwards += 1
+        self._num_tokens += grad.shape[0]
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -649,4 +688,24 @@ class MetisLinear(nn.Module):
         """Renew the bases from this step's sketches and enter the next step (with a clock of one's own)."""
         advance_bases([(self.core, self.weight)], self.clock.step)
         if self.owns_clock:
-            self.clock.begin_step(self.clock.step + 1, self.clock.num_tokens_per_step)
+            num_tokens = max(self.clock.num_tokens_per_step, self._num_tokens)
+            self.clock.begin_step(self.clock.step + 1, num_tokens)
+            self._num_backwards = self._num_tokens = 0
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.owns_clock and not self.core.recipe.is_high_precision:
+            clock = self.clock
+            values = [clock.seed, clock.step, clock.num_tokens_per_step]
+            destination[prefix + "clock"] = torch.tensor(values, dtype=torch.int64)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        stored = state_dict.pop(prefix + "clock", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if stored is None or not self.owns_clock:
+            return
+        state_dict[prefix + "clock"] = stored
+        self.clock.seed, step, num_tokens = (int(value) for value in stored)
+        self.clock.begin_step(step, num_tokens)
+        for _, basis in self.core.own_bases():
+            basis.seed = self.clock.seed

@@ -315,6 +315,7 @@ def encode(
     kernels: KernelChoice = "torch",
     want_bytes: bool = False,
     want_operand: bool = True,
+    gather: Axis | None = None,
 ) -> EncodedMatrix:
     """Quantise `matrix` [rows, cols] with blocks along its columns, the contraction axis of its GEMM.
 
@@ -323,13 +324,18 @@ def encode(
     `noise_is_transposed` says that the matrix is a transposed copy, so that random bits are still looked up
     by (row, column) of the original. A second term quantises what the first leaves, in fp32. kernels: who
     computes it, with the same bits; want_bytes: a kernel writes codes and scales too, want_operand: the
-    decoded operand.
+    decoded operand. gather: ranks whose codes will be put together with these; they share an amax in any
+    scope.
     """
+    if gather is None or amax_scope == "global":
+        shared = (rows, cols) if amax_scope == "global" else ()
+    else:
+        shared = (gather,)
     if matrix.dtype == torch.float64:
         matrix = matrix.to(torch.float32)
     if quantizer.num_terms == 1 and can_fuse(matrix, quantizer, kernels):
         if amax is None and needs_tensor_amax(quantizer):
-            amax = _over_ranks(fused_amax(matrix, quantizer), rows, cols, amax_scope)
+            amax = _over_ranks(fused_amax(matrix, quantizer), shared)
         words = None
         if quantizer.rounding == "stochastic":
             assert noise is not None, "stochastic rounding needs a noise stream"
@@ -344,11 +350,11 @@ def encode(
             words = noise.words(cols, rows, matrix.device).t()
         else:
             words = noise.words(rows, cols, matrix.device)
-    first = _quantize(matrix, quantizer, rows, cols, amax_scope, words, amax)
+    first = _quantize(matrix, quantizer, shared, words, amax)
     if quantizer.num_terms == 1:
         return EncodedMatrix(terms=(first,))
     left = matrix.to(torch.float32) - first.dequantize(torch.float32)
-    return EncodedMatrix(terms=(first, _quantize(left, quantizer, rows, cols, amax_scope, None, None)))
+    return EncodedMatrix(terms=(first, _quantize(left, quantizer, shared, None, None)))
 
 
 def needs_tensor_amax(quantizer: QuantizerConfig) -> bool:
@@ -356,21 +362,21 @@ def needs_tensor_amax(quantizer: QuantizerConfig) -> bool:
     return quantizer.format == "nvfp4" or quantizer.block_shape is None
 
 
-def _over_ranks(amax: Tensor, rows: Axis, cols: Axis, amax_scope: str) -> Tensor:
-    return cols.reduce_max(rows.reduce_max(amax)) if amax_scope == "global" else amax
+def _over_ranks(amax: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    for axis in axes:
+        amax = axis.reduce_max(amax)
+    return amax
 
 
 def _quantize(
     matrix: Tensor,
     quantizer: QuantizerConfig,
-    rows: Axis,
-    cols: Axis,
-    amax_scope: str,
+    shared: tuple[Axis, ...],
     words: Tensor | None,
     amax: Tensor | None,
 ) -> QuantizedTensor:
     if amax is None and needs_tensor_amax(quantizer):
-        amax = _over_ranks(tensor_amax(matrix), rows, cols, amax_scope)
+        amax = _over_ranks(tensor_amax(matrix), shared)
     if quantizer.format == "nvfp4":
         assert quantizer.block_shape is not None
         return quantize(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from metis.config import QuantizerConfig, Recipe, ReparametrisationConfig
 from metis.errors import ConfigError
@@ -63,7 +64,8 @@ class FactorPath:
 
     def __call__(self, x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         """Return this rank's [M, N] contribution for x [M, K], in x's dtype."""
-        return _FactorPath.apply(x, u, s, v, self)
+        with torch.autocast(x.device.type, enabled=False):  # it would turn fp32 accumulation into bf16
+            return _FactorPath.apply(x, u, s, v, self)
 
     def quantized(self, factor: Tensor, axis: Axis, along_rank: bool) -> Tensor:
         """Return a factor as it enters the products: NVFP4 and back if asked, blocks along r or along K."""
@@ -88,7 +90,13 @@ class _FactorPath(torch.autograd.Function):
         return product((a * s).to(x.dtype), u_q, accumulate).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g.device.type, enabled=False):
+            return _FactorPath._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, u, s, v = ctx.saved_tensors
         path: FactorPath = ctx.path
         accumulate = torch.promote_types(x.dtype, torch.float32)

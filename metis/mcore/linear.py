@@ -127,9 +127,12 @@ class _RecipeLinear(torch.nn.Module):
 
     def _sequence_shard(self, operand: str, sequence: int, batch: int) -> SequenceShard | None:
         """Return how `sequence` positions lie over the tensor-parallel ranks, None where they must be
-        gathered before they are encoded: blocks along tokens would cross ranks, or factors read the whole
-        input.
+        gathered before they are encoded: blocks along tokens would cross ranks, factors read the whole input,
+        or every rank splits by a basis of its own.
         """
+        basis = self.recipe.basis
+        if self.is_reparametrized or (basis is not None and basis.tp_mode == "local"):
+            return None
         group, tp_size = self.tp_group, get_pg_size(self.tp_group)
         tokens = self._tokens(sequence, batch)
         everyone, shard, num_shards = group, get_pg_rank(group), tp_size
@@ -145,7 +148,7 @@ class _RecipeLinear(torch.nn.Module):
             group=everyone,
         )
         multiple = self.recipe.axis_multiple("tokens")
-        if self.is_reparametrized or any(length % multiple for _, length in axis.runs):
+        if any(length % multiple for _, length in axis.runs):
             return None
         gather = sharded_axis(tokens.local_size, shard=get_pg_rank(group), num_shards=tp_size, group=group)
         return SequenceShard(operand=operand, tokens=axis, gather=gather)

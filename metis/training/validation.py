@@ -257,7 +257,7 @@ def _check_ranks(args: Namespace, path: str, recipe: Any) -> None:
     if recipe.basis is not None:
         tp, chunks = args.tensor_model_parallel_size, recipe.basis.num_canonical_chunks
         require(
-            chunks % tp == 0,
+            chunks % tp == 0 or recipe.basis.tp_mode != "exact",
             where,
             f"must have basis.num_canonical_chunks a multiple of the tensor parallel size {tp}, received "
             f"{chunks}",
@@ -266,7 +266,7 @@ def _check_ranks(args: Namespace, path: str, recipe: Any) -> None:
 
 def _check_linear(args: Namespace, path: str, recipe: Any) -> None:
     """Check that the operands of the linear at `path` consist of whole blocks under `recipe` on one rank."""
-    if not recipe.is_quantized:
+    if not recipe.is_quantized and recipe.axis_multiple("in_features") == 1:
         return
     where = f"{path} (recipe {recipe.name})"
     require(

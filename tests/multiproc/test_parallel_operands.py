@@ -60,6 +60,8 @@ VARIANTS = (
     replace(RECIPES["nvfp4"], name="rht32", wgrad_input=_ROTATED, wgrad_grad_output=_ROTATED),
 )
 FLOAT64_TOLERANCE = 1e-12
+FP32_TOLERANCE = 2e-6
+"""Of products without quantisation; measured 3.6e-7."""
 MAX_FAST_FLIPS = 1e-4
 """Share of codes that tp_mode fast may flip between layouts; measured 0 here, 3.2e-7 at K = 1024."""
 
@@ -385,6 +387,72 @@ def test_bases_do_not_depend_on_tensor_parallelism(world_size: int) -> None:
     for sharded in run_ranks(_bases_after_steps, world_size, timeout=300):
         for name, expected in one.items():
             assert torch.equal(expected, sharded[name]), name
+
+
+def _under_sequence_parallelism(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
+    """Return the relative errors of y and dw of a real column-parallel linear on token shards of x."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from metis.mcore.linear import MetisColumnParallelLinear
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        pipeline_dtype=torch.float32,
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        tensor_model_parallel_size=world_size,
+        sequence_parallel=True,
+        gradient_accumulation_fusion=False,
+    )
+    generator = torch.Generator().manual_seed(2)
+    w, x, g = (torch.randn(*shape, generator=generator) for shape in ((64, 64), (64, 2, 64), (64, 2, 64)))
+    x[:32] *= 20.0  # the ranks' token shards differ in amax
+    found = {}
+    for name, recipe in _sequence_parallel_recipes().items():
+        clock = TrainingClock(seed=1, num_tokens_per_step=128)
+        linear = MetisColumnParallelLinear(
+            64, 64, recipe=recipe, layer="decoder.layers.0.mlp.linear_fc2", clock=clock, config=config,
+            init_method=config.init_method, bias=False, gather_output=False,
+        )  # fmt: skip
+        linear.weight.data.copy_(w.chunk(world_size)[rank])
+        for step in range(3):
+            clock.begin_step(step, 128)
+            linear.weight.grad = None
+            shard = x.chunk(world_size)[rank].clone().requires_grad_()
+            y, _ = linear(shard)
+            mine = g.chunk(world_size, 2)[rank].contiguous()
+            y.backward(mine)
+            dw = linear.weight.grad.clone()
+            advance_bases([(linear.core, linear.weight)], step)
+        exact = x @ linear.weight.detach().t(), mine.reshape(128, -1).t() @ x.reshape(128, 64)
+        errors = ((a - b).norm() / b.norm() for a, b in zip((y.detach(), dw), exact, strict=True))
+        found[name] = tuple(float(error) for error in errors)
+    return found
+
+
+def _sequence_parallel_recipes() -> dict[str, Recipe]:
+    cells = {cell: CellConfig(split=SplitConfig()) for cell in CELL_NAMES}
+    return {
+        **{
+            mode: Recipe(name=mode, basis=BasisConfig(tp_mode=mode), **cells)
+            for mode in ("exact", "fast", "local")
+        },
+        "global": RECIPES["nvfp4"],
+        "te": with_overrides(RECIPES["nvfp4"], amax_scope="te"),
+    }
+
+
+def test_every_tp_mode_and_amax_scope_is_right_under_sequence_parallelism() -> None:
+    """Bases of single ranks cannot be applied to gathered rows, nor rank-local amaxes to gathered codes."""
+    for found in run_ranks(_under_sequence_parallelism, 2, timeout=300):
+        for mode in ("exact", "fast", "local"):
+            assert max(found[mode]) < FP32_TOLERANCE, (mode, found[mode])
+        for scope in ("global", "te"):
+            assert max(found[scope]) < 0.2, (scope, found[scope])
 
 
 def _bases_of_data_parallel_ranks(rank: int, world_size: int) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from metis.config import (
     QuantizerConfig,
     RankConfig,
     Recipe,
+    ReparametrisationConfig,
     SplitConfig,
 )
 from metis.errors import ConfigError
@@ -288,3 +289,27 @@ def test_the_recipe_page_has_every_recipe_section_and_setting():
 def test_the_recipe_page_says_what_each_gemm_multiplies(recipe: str, gemm: str, precision: str):
     left, right = next(cells for name, *cells in GEMMS if name == gemm)
     assert _page_module().precision(RECIPES[recipe], left, right) == precision
+
+
+def test_ranks_do_not_round_up_on_binary_noise():
+    assert RankConfig(fraction=0.07, maximum=4096).columns(1600) == 112
+
+
+def test_a_removed_section_and_a_number_without_a_point_are_read(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "base: metis\nfprop_input: null\nfprop_weight: null\nbasis: {row_sample_fraction: 1e-1}\n"
+    )
+    recipe = resolve_recipe(str(path))
+    assert recipe.fprop_input == CellConfig() and recipe.basis.row_sample_fraction == 0.1
+
+
+def test_blocks_of_factors_count_for_the_features_that_they_run_along():
+    factors = QuantizerConfig(format="mxfp4", block_shape=(1, 32))
+    recipe = Recipe(name="x", reparametrisation=ReparametrisationConfig(factor_quantizer=factors))
+    assert recipe.axis_multiple("in_features") == 32
+
+
+def test_an_amax_scope_without_tensor_amaxes_is_refused():
+    with pytest.raises(ConfigError, match="amax_scope: has no effect"):
+        Recipe(name="x", amax_scope="te")
