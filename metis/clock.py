@@ -25,29 +25,29 @@ class OperandWatch:
     """Told about every operand that is quantised; remembers which were not finite until somebody asks.
 
     FP4 has no NaN and no infinity, and a quantiser may turn them into ordinary numbers; so the scales are
-    looked at where they are made. Flags stay on the device: asking costs one synchronisation for all layers.
+    looked at where they are made. The largest amax of each operand is kept on the device (a maximum carries
+    NaN and infinity along): asking costs one synchronisation for all layers.
     observer: called with (plan, cell name, source matrix, its split, its codes) for each operand while set.
     """
 
     def __init__(self) -> None:
         self.observer: Callable[..., None] | None = None
-        self._flags: dict[tuple[str, str], Tensor] = {}
+        self._largest: dict[tuple[str, str], Tensor] = {}
 
     def note(self, plan: Any, cell_name: str, source: Tensor | None, split: Any, encoded: Any) -> None:
         """Take in one operand of layer `plan.layer`."""
-        finite = torch.isfinite(encoded.amax)
-        key = (plan.layer, cell_name)
-        self._flags[key] = finite if key not in self._flags else self._flags[key] & finite
+        key, amax = (plan.layer, cell_name), encoded.amax
+        self._largest[key] = amax if key not in self._largest else torch.maximum(self._largest[key], amax)
         if self.observer is not None:
             self.observer(plan, cell_name, source, split, encoded)
 
     def take_nonfinite(self) -> list[tuple[str, str]]:
         """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""
-        flags, self._flags = self._flags, {}
-        if not flags:
+        largest, self._largest = self._largest, {}
+        if not largest:
             return []
-        finite = torch.stack(list(flags.values())).tolist()
-        return [key for key, is_finite in zip(flags, finite, strict=True) if not is_finite]
+        finite = torch.isfinite(torch.stack(list(largest.values()))).tolist()
+        return [key for key, is_finite in zip(largest, finite, strict=True) if not is_finite]
 
 
 class TrainingClock:

@@ -287,7 +287,7 @@ def test_tp_mode_fast_flips_few_codes(world_size: int) -> None:
 def _local_bases(rank: int, world_size: int) -> dict[str, Any]:
     """Train three steps with a basis per rank and no quantiser; return the bases and y put together."""
     cells = {cell: CellConfig(split=SplitConfig()) for cell in CELL_NAMES}
-    recipe = Recipe(name="local", basis=BasisConfig(tp_mode="local"), amax_scope="te", **cells)
+    recipe = Recipe(name="local", basis=BasisConfig(tp_mode="local"), **cells)
     clock = TrainingClock(seed=11, num_tokens_per_step=TOKENS)
     features_in, features_out = _axes("mlp.linear_fc2", rank, world_size)
     core = LinearCore(
