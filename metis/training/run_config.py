@@ -94,6 +94,8 @@ TRAINING_FIELDS = (
     "seed",
     "tokenizer_model",
     "transformer_impl",
+    "gemm_backend",
+    "quantize_kernels",
 )
 _EDGE_FIELDS = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 """The policy by counts; a policy by file and by counts exclude each other."""
