@@ -278,7 +278,8 @@ class SplitConfig:
         metadata={"doc": "how many directions the head holds; none: the mean alone"},
     )
     mean_first: bool = field(
-        default=False, metadata={"doc": "take the mean over tokens off before the rank-r split"}
+        default=False,
+        metadata={"doc": "take the mean over tokens off before the rank-r split; not for weights"},
     )
     head_format: Literal["bf16", "feedback", "two_term", "literal"] = field(
         default="bf16",

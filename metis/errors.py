@@ -7,8 +7,10 @@ turn them into the single line `error: <where>: <message>` and exit status 2, wi
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -50,6 +52,16 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one `error:` line and exit status 2, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line and leave."""
+        match = re.match(r"argument ([^\s:]+): (.*)", message, re.DOTALL)
+        where, what = match.groups() if match else ("command line", message)
+        report_and_exit(ConfigError(where.split("/")[0], f"{what}; see --help"))
 
 
 def report_and_exit(error: MetisError) -> NoReturn:

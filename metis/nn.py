@@ -632,6 +632,12 @@ class MetisLinear(nn.Module):
         """Return x w^T + bias; x: [..., K]; rows in the order of `x.flatten(0, -2)` are the tokens."""
         if self.core.recipe.is_high_precision:
             return nn.functional.linear(x, self.weight, self.bias)
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ShapeError(
+                f"{self.core.layer}: input",
+                f"must have {self.weight.shape[1]} features in its last axis, received shape "
+                f"{tuple(x.shape)}",
+            )
         if x.dtype != self.weight.dtype or x.dtype == torch.float16:
             raise ShapeError(
                 f"{self.core.layer}: input",
@@ -658,6 +664,11 @@ class MetisLinear(nn.Module):
         """Note that a microbatch is done; counted in backward, so that recomputation sees its forward's."""
         self._num_backwards += 1
         self._num_tokens += grad.shape[0]
+
+    def extra_repr(self) -> str:
+        """Return sizes, bias and recipe for `repr`."""
+        n, k = self.weight.shape
+        return f"{k}, {n}, bias={self.bias is not None}, recipe={self.core.recipe.name!r}"
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -261,7 +261,7 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
         else:
             import yaml
 
-            data = yaml.safe_load(text)
+            data = yaml.load(text, Loader=_strict_loader(yaml))
     except Exception as error:
         detail = " ".join(str(error).split())
         raise ConfigError(
@@ -272,6 +272,26 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
             where, f"must hold a mapping of settings, received {type(data).__name__} in {str(path)!r}"
         )
     return data
+
+
+def _strict_loader(yaml: Any) -> Any:
+    """Return a YAML loader that refuses a key given twice, of which plain YAML keeps the last."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key!r} is given twice, again in line {line}; keep one of them")
+            seen.add(key)
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return Loader
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

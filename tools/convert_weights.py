@@ -11,16 +11,15 @@ it with `--load DIR --finetune` (a new run) or `--load DIR --no-load-optim` (cou
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from metis.errors import MetisError, report_and_exit
+from metis.errors import MetisError, OneLineParser, report_and_exit
 from metis.training.weight_conversion import Conversion, convert
 
 
 def parse_arguments(argv: list[str] | None = None) -> Conversion:
     """Return the conversion that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--load", required=True, help="checkpoint directory: the --save of a run")
     parser.add_argument("--save", required=True, help="new directory for the result")
     parser.add_argument("--recipe", required=True, help="name or file; its linears' form is the result's")

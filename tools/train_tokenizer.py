@@ -8,9 +8,7 @@ The reading is in `metis/training/documents.py`, the training in `metis/training
 
 from __future__ import annotations
 
-import argparse
-
-from metis.errors import MetisError, report_and_exit
+from metis.errors import MetisError, OneLineParser, report_and_exit
 from metis.training.documents import (
     FORMATS,
     SEPARATORS,
@@ -24,7 +22,7 @@ from metis.training.tokenizer import train_sentencepiece
 
 def main() -> None:
     """Parse, read, train; exit status 2 and one `error:` line on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input", nargs="+", required=True, help="files or quoted globs")
     parser.add_argument("--input-format", choices=("auto", *FORMATS), default="auto", help="auto: by suffix")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys or columns to read")

@@ -73,6 +73,15 @@ def check_gemm_backend(args: Namespace, recipes: Mapping[str, Recipe]) -> None:
     )
 
 
+def check_quantize_kernels(args: Namespace) -> None:
+    """Refuse kernels on a device that is known to have none (`auto` is resolved later)."""
+    require(
+        args.quantize_kernels != "triton" or args.device != "cpu",
+        "--quantize-kernels",
+        "triton needs a CUDA device, received --device cpu; use auto or torch",
+    )
+
+
 def other_formats(recipes: Mapping[str, Recipe]) -> set[str]:
     """Return the formats of quantised operands that scaled_mm is not used for."""
     cells = [getattr(recipe, name) for recipe in recipes.values() for name in CELL_NAMES]

@@ -127,7 +127,7 @@ def gradient_error(finding: Finding, iteration: int) -> AgreedNonFiniteError:
 
 
 def _more(names: tuple[Any, ...], shown: int) -> str:
-    return f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f" (and in {len(names) - shown} more)" if len(names) > shown else ""
 
 
 def _by_cause(by_rank: list[list[tuple[str, str]]]) -> tuple[tuple[str, str], ...]:

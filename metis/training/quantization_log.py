@@ -182,6 +182,8 @@ class QuantizationLog:
 
 def summary(records: list[QuantizationRecord], iteration: int) -> str:
     """Return the log line: the worst value of each metric, with the layer and cell where it is."""
+    if not records:
+        return f" quantization at iteration {iteration}: no operand is quantised |"
     worst: dict[str, tuple[float, QuantizationRecord]] = {}
     for record in records:
         for name, value in record.metrics.items():

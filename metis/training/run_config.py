@@ -190,7 +190,10 @@ def check_compatible(where: str, stored: Mapping[str, Any], args: Namespace, *, 
     factored, wanted_factored = stored.get("factored_linears"), getattr(args, "factored_linears", None)
     if factored is not None and wanted_factored is not None:
         # A weight without its factors is another matrix, so --finetune cannot help either.
-        remedy = "a recipe and policy with the same reparametrised linears"
+        remedy = (
+            "a recipe and policy with the same reparametrised linears, or convert the checkpoint with "
+            "tools/convert_weights.py (None: a plain weight, a number: the rank of its factors)"
+        )
         _refuse(where, "reparametrisation", factored, wanted_factored, remedy)
     if finetune:
         return

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from metis.training.accounting import linear_shards, linear_sizes
-from metis.training.gemm_backend import TRANSFORMER_ENGINE, check_gemm_backend
+from metis.training.gemm_backend import TRANSFORMER_ENGINE, check_gemm_backend, check_quantize_kernels
 from metis.training.learning_rate import num_training_steps, step_at_lr_fraction
 from metis.training.validation_checks import require, warn
 from metis.training.validation_layout import (
@@ -195,6 +195,7 @@ def _check_recipe(args: Namespace) -> None:
             _check_ranks(args, path, used)
             _check_linear(args, path, used)
     check_gemm_backend(args, all_uses(phases))
+    check_quantize_kernels(args)
     if args.spec is not None:
         _check_spec(args, all_uses(phases))
 
