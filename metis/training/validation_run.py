@@ -61,9 +61,9 @@ def check_schedule(args: Namespace) -> None:
         args.lr is not None or args.skip_train or args.print_config, "--lr", "must be given, received nothing"
     )
     require(
-        args.lr is None or 0 <= args.lr < 1e30,
+        args.lr is None or 0 <= args.lr <= 1e30,
         "--lr",
-        f"must lie in [0, 1e30), where Adam's fp32 arithmetic can hold it, received {args.lr}",
+        f"must lie in [0, 1e30], where Adam's fp32 arithmetic can hold it, received {args.lr}",
     )
     if args.lr is None and args.skip_train:
         args.lr = args.min_lr  # nobody will use it

@@ -161,7 +161,7 @@ def numbers(folder: Path, name: str, field: str) -> dict[int, float]:
     [("stop", "fprop_input"), ("infinity", "fprop_input"), ("gradient", "dgrad_grad_output")],
 )
 def test_stop_names_iteration_layer_and_cell(one: dict[str, Outcome], name: str, cell: str, folder: Path):
-    start = f"iteration {BAD_STEP + 1}, {LAYER}, {cell}: must be finite, received {MARK} and "
+    start = f"iteration {BAD_STEP + 1}, {LAYER}, {cell}: must be finite, received {MARK} (and in "
     assert one[name].error.startswith(start), one[name]
     assert f"--iterations-to-skip {BAD_STEP}, " in one[name].error
     assert iterations(folder, name) == list(range(1, BAD_STEP + 1))
@@ -196,7 +196,7 @@ def test_skip_warns_once_and_counts(one: dict[str, Outcome], two: dict[str, list
         text = "".join(outcome.stdout for outcome in outcomes)
         (warning,) = [line for line in text.splitlines() if MARK in line]
         assert warning.startswith(f"WARNING: iteration {BAD_STEP + 1}: {MARK} in {LAYER} {cell}, ")
-        assert warning.endswith(" more; the step is skipped")
+        assert warning.endswith(" more); the step is skipped")
         assert text.count("skipped iterations:   1 | number of nan iterations:   1 |") == 1
         assert text.count("skipped iterations:   0 | number of nan iterations:   0 |") == NUM_ITERATIONS - 1
 
