@@ -23,17 +23,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from metis.errors import ConfigError, nearest_name
-
-BLOCK_SHAPES: Mapping[str, tuple[tuple[int, int] | None, ...]] = {
-    "nvfp4": ((1, 16), (16, 16)),
-    "mxfp4": ((1, 32),),
-    "fp8_e4m3": (None, (1, 128), (128, 128)),
-    "fp8_e5m2": (None, (1, 128), (128, 128)),
-}
-"""Blocks of each format, [rows, columns] with columns along the contraction axis; None: the whole tensor."""
+from metis.formats import FORMAT_BLOCK_SHAPES, RHT_SIZES
 
 T = TypeVar("T")
 
@@ -61,9 +55,7 @@ class RhtConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(
-            self.size in (16, 32, 64, 128), "rht.size", f"must be 16, 32, 64 or 128, received {self.size}"
-        )
+        _require(self.size in RHT_SIZES, "rht.size", f"must be 16, 32, 64 or 128, received {self.size}")
         _require(
             self.size == 16 or self.sign_seed is not None,
             "rht.sign_seed",
@@ -130,9 +122,9 @@ class QuantizerConfig:
             self._require_choice(name)
         is_fp8 = self.format.startswith("fp8")
         _require(
-            self.block_shape in BLOCK_SHAPES[self.format],
+            self.block_shape in FORMAT_BLOCK_SHAPES[self.format],
             "quantizer.block_shape",
-            f"must be {_one_of(BLOCK_SHAPES[self.format])} for format {self.format!r}, received "
+            f"must be {_one_of(FORMAT_BLOCK_SHAPES[self.format])} for format {self.format!r}, received "
             f"{_one_of([self.block_shape])}",
         )
         _require(
@@ -195,6 +187,11 @@ class QuantizerConfig:
     def is_1d(self) -> bool:
         """Whether a block lies in one row (or is the whole tensor)."""
         return self.block_shape is None or self.block_shape[0] == 1
+
+    @property
+    def has_tensor_amax(self) -> bool:
+        """Whether a scale is made from the amax of the whole tensor, which ranks must agree on."""
+        return self.format == "nvfp4" or self.block_shape is None
 
     @property
     def family(self) -> str:
@@ -335,8 +332,13 @@ class SplitConfig:
         """How P and V are quantised; None for a bf16 head."""
         if self.head_format == "bf16":
             return None
-        quantizer = self.head_quantizer or QuantizerConfig()
-        return dataclasses.replace(quantizer, num_terms=2) if self.head_format == "two_term" else quantizer
+        return _factor_quantizer(self.head_quantizer, 2 if self.head_format == "two_term" else 1)
+
+
+@lru_cache(maxsize=64)
+def _factor_quantizer(quantizer: QuantizerConfig | None, num_terms: int) -> QuantizerConfig:
+    """Made and checked once, not in every forward pass."""
+    return dataclasses.replace(quantizer or QuantizerConfig(), num_terms=num_terms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -719,7 +721,7 @@ class Recipe:
         quantizers += [split.factor_quantizer for split in splits if split is not None]
         if self.reparametrisation is not None:
             quantizers.append(self.reparametrisation.factor_quantizer)
-        return any(q is not None and (q.format == "nvfp4" or q.block_shape is None) for q in quantizers)
+        return any(quantizer is not None and quantizer.has_tensor_amax for quantizer in quantizers)
 
     @property
     def has_basis(self) -> bool:

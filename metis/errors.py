@@ -54,14 +54,14 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one `error:` line and exit status 2, without the usage before it."""
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are `ConfigError`s, so that they end in one line like all others."""
 
     def error(self, message: str) -> NoReturn:
-        """Report a wrong command line and leave."""
+        """Raise ConfigError at the option that argparse names."""
         match = re.match(r"argument ([^\s:]+): (.*)", message, re.DOTALL)
         where, what = match.groups() if match else ("command line", message)
-        report_and_exit(ConfigError(where.split("/")[0], f"{what}; see --help"))
+        raise ConfigError(where.split("/")[0], f"{what}; see --help")
 
 
 def report_and_exit(error: MetisError) -> NoReturn:

@@ -40,7 +40,6 @@ from metis.operand import (
     NoiseStream,
     SplitMatrix,
     encode,
-    needs_tensor_amax,
     split_matrix,
 )
 from metis.quantize import QuantizedTensor
@@ -199,7 +198,7 @@ class Operand:
     @property
     def residual(self) -> Tensor:
         """R of the rows held here: as split, or decoded from a packed copy (blocked along the rows)."""
-        if self.encoded is not None and self.source is None:
+        if self.encoded is not None:
             return self.encoded.dequantize(self.split.residual.dtype).t()
         return self.split.residual
 
@@ -236,13 +235,13 @@ class Operand:
             amax_scope=plan.recipe.amax_scope,
             noise=plan.noise(name),
             noise_is_transposed=is_transposed(name),
-            amax=memo.get(key) if needs_tensor_amax(cell.quantizer) else None,
+            amax=memo.get(key) if cell.quantizer.has_tensor_amax else None,
             kernels=plan.backend.kernels,
             want_bytes=self.needs_bytes,
             want_operand=not plan.backend.reads_bytes,
             gather=self.gather,
         )
-        if needs_tensor_amax(cell.quantizer):
+        if cell.quantizer.has_tensor_amax:
             memo[key] = encoded.amax
         if plan.watch is not None:
             plan.watch.note(plan, name, self.source, self.split, encoded)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metis import kernels
-from metis.config import QuantizerConfig
+from metis.config import QuantizerConfig, RhtConfig
 from metis.errors import ConfigError
 from metis.formats import E2M1_MAX, FOUR_OVER_SIX_E4M3_BOUND, RHT_SIGN_VECTOR, TENSOR_SCALE_TARGET
 from metis.kernels import KernelNoise, KernelOutput
@@ -103,9 +103,8 @@ def can_fuse(matrix: Tensor, quantizer: QuantizerConfig, choice: KernelChoice) -
     return True
 
 
-def sign_vector(quantizer: QuantizerConfig) -> tuple[int, ...] | None:
-    """Return the signs of the cell's rotation, None without one."""
-    rht = quantizer.rht
+def sign_vector(rht: RhtConfig | None) -> tuple[int, ...] | None:
+    """Return the signs of a rotation, the fixed ones of NVIDIA's recipe without a seed; None for none."""
     if rht is None:
         return None
     return RHT_SIGN_VECTOR if rht.sign_seed is None else seeded_sign_vector(rht.sign_seed, rht.size)
@@ -113,7 +112,7 @@ def sign_vector(quantizer: QuantizerConfig) -> tuple[int, ...] | None:
 
 def fused_amax(matrix: Tensor, quantizer: QuantizerConfig) -> Tensor:
     """Return the amax of the matrix as it will be quantised (rotated where asked), fp32 0-dim."""
-    return kernels.amax(matrix, sign_vector(quantizer))
+    return kernels.amax(matrix, sign_vector(quantizer.rht))
 
 
 def fused_quantize(
@@ -133,7 +132,7 @@ def fused_quantize(
         "noise": noise,
         "num_random_bits": quantizer.num_random_bits,
         "scale_rounding": quantizer.scale_rounding,
-        "sign_vector": sign_vector(quantizer),
+        "sign_vector": sign_vector(quantizer.rht),
         "want_packed": want_bytes,
         "want_operand": want_operand,
     }

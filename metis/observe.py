@@ -57,7 +57,8 @@ from torch import Tensor
 from metis.config import QuantizerConfig, RankConfig
 from metis.diagnostics import exceeds_block_limit
 from metis.functional import LinearPlan, is_transposed, operand_of
-from metis.operand import Axis, EncodedMatrix, SplitMatrix, encode, rotate, sign_vector
+from metis.fused import sign_vector
+from metis.operand import Axis, EncodedMatrix, SplitMatrix, encode, rotate
 from metis.quantize import QuantizedTensor, random_hadamard
 from metis.quantize.blocks import block_amax
 from metis.rng import gaussian, stream_key

@@ -26,7 +26,7 @@ from torch import Tensor
 from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose.projector import chunk_partials, head_and_residual, num_chunks_for, tree_sum
 from metis.errors import ConfigError
-from metis.fused import FusedTensor, KernelChoice, can_fuse, fused_amax, fused_quantize
+from metis.fused import FusedTensor, KernelChoice, can_fuse, fused_amax, fused_quantize, sign_vector
 from metis.kernels import KernelNoise
 from metis.quantize import (
     QuantizedTensor,
@@ -34,7 +34,6 @@ from metis.quantize import (
     quantize_fp8,
     quantize_mxfp4,
     random_hadamard,
-    seeded_sign_vector,
     tensor_amax,
 )
 from metis.rng import NoisePosition, random_words, stream_key
@@ -222,7 +221,8 @@ def split_matrix(
     if split.head_format != "literal":
         return _with_head(x, p_q, v_q, mean)
     exact = _with_head(x, p, v, mean)
-    return SplitMatrix(residual=exact.residual, p=_joined(p_q, 1.0, mean), v=_joined(v_q, mean, mean))
+    p_q, v_q = _with_mean(p_q, v_q, mean)
+    return SplitMatrix(residual=exact.residual, p=p_q, v=v_q)
 
 
 def _remember(memo: dict[Any, Tensor], key: Any, make: Any) -> Tensor:
@@ -231,18 +231,17 @@ def _remember(memo: dict[Any, Tensor], key: Any, make: Any) -> Tensor:
     return memo[key]
 
 
-def _joined(factor: Tensor, first: Tensor | float, mean: Tensor | None) -> Tensor:
-    """Return the factor with a first column: the mean in V, ones in P; as it is without a mean."""
+def _with_mean(p: Tensor, v: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return P and V with the mean as first direction: ones in P, the mean in V; as they are without one."""
     if mean is None:
-        return factor
-    if not isinstance(first, Tensor):
-        first = factor.new_full((factor.shape[0], 1), first)
-    return torch.cat((first.to(factor.dtype), factor), dim=1)
+        return p, v
+    ones = p.new_ones((p.shape[0], 1))
+    return torch.cat((ones, p), dim=1), torch.cat((mean.to(v.dtype), v), dim=1)
 
 
 def _with_head(x: Tensor, p: Tensor, v: Tensor, mean: Tensor | None) -> SplitMatrix:
     """Return x with the head of p and v (and the mean) taken off, R in x's dtype."""
-    p, v = _joined(p, 1.0, mean), _joined(v, mean, mean) if mean is not None else v
+    p, v = _with_mean(p, v, mean)
     return SplitMatrix(residual=head_and_residual(x, v, p, x.dtype), p=p, v=v)
 
 
@@ -291,12 +290,6 @@ class EncodedMatrix:
         return total.to(dtype)
 
 
-@lru_cache(maxsize=64)
-def sign_vector(rht: RhtConfig) -> tuple[int, ...] | None:
-    """Return the signs of a transform, None for the fixed ones of NVIDIA's recipe."""
-    return None if rht.sign_seed is None else seeded_sign_vector(rht.sign_seed, rht.size)
-
-
 def rotate(matrix: Tensor, rht: RhtConfig | None) -> Tensor:
     """Return the matrix rotated along its columns as `rht` says (bf16), or as it is."""
     return matrix if rht is None else random_hadamard(matrix, rht.size, sign_vector(rht))
@@ -327,14 +320,13 @@ def encode(
     decoded operand. gather: ranks whose codes will be put together with these; they share an amax in any
     scope.
     """
-    if gather is None or amax_scope == "global":
-        shared = (rows, cols) if amax_scope == "global" else ()
-    else:
-        shared = (gather,)
+    shared = (rows, cols)
+    if amax_scope != "global":
+        shared = () if gather is None else (gather,)
     if matrix.dtype == torch.float64:
         matrix = matrix.to(torch.float32)
     if quantizer.num_terms == 1 and can_fuse(matrix, quantizer, kernels):
-        if amax is None and needs_tensor_amax(quantizer):
+        if amax is None and quantizer.has_tensor_amax:
             amax = _over_ranks(fused_amax(matrix, quantizer), shared)
         words = None
         if quantizer.rounding == "stochastic":
@@ -357,11 +349,6 @@ def encode(
     return EncodedMatrix(terms=(first, _quantize(left, quantizer, shared, None, None)))
 
 
-def needs_tensor_amax(quantizer: QuantizerConfig) -> bool:
-    """Whether a scale is made from the amax of the whole tensor, which ranks must agree on."""
-    return quantizer.format == "nvfp4" or quantizer.block_shape is None
-
-
 def _over_ranks(amax: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     for axis in axes:
         amax = axis.reduce_max(amax)
@@ -375,7 +362,7 @@ def _quantize(
     words: Tensor | None,
     amax: Tensor | None,
 ) -> QuantizedTensor:
-    if amax is None and needs_tensor_amax(quantizer):
+    if amax is None and quantizer.has_tensor_amax:
         amax = _over_ranks(tensor_amax(matrix), shared)
     if quantizer.format == "nvfp4":
         assert quantizer.block_shape is not None

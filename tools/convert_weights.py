@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import sys
 
-from metis.errors import MetisError, OneLineParser, report_and_exit
+from metis.errors import ArgumentParser, MetisError, report_and_exit
 from metis.training.weight_conversion import Conversion, convert
 
 
 def parse_arguments(argv: list[str] | None = None) -> Conversion:
     """Return the conversion that the command line asks for."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--load", required=True, help="checkpoint directory: the --save of a run")
     parser.add_argument("--save", required=True, help="new directory for the result")
     parser.add_argument("--recipe", required=True, help="name or file; its linears' form is the result's")
@@ -30,8 +30,8 @@ def parse_arguments(argv: list[str] | None = None) -> Conversion:
 
 def main() -> int:
     """Parse, convert, report; exit status 2 and one `error:` line on bad input."""
-    request = parse_arguments()
     try:
+        request = parse_arguments()
         report = convert(request)
     except MetisError as error:
         report_and_exit(error)

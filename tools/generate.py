@@ -15,13 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-from metis.errors import ConfigError, MetisError, OneLineParser, report_and_exit
+from metis.errors import ArgumentParser, ConfigError, MetisError, report_and_exit
 from metis.training.generation import Sampling, Source, loaded_model
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's values."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--load", required=True, help="checkpoint directory: the --save of a run")
     parser.add_argument("--ckpt-step", type=int, help="iteration to load [default: the latest]")
     prompt = parser.add_mutually_exclusive_group(required=True)
@@ -52,8 +52,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def main() -> int:
     """Parse, load, write; exit status 2 and one `error:` line on bad input."""
-    args = parse_arguments()
     try:
+        args = parse_arguments()
         prompt = read_prompt(args)
         sampling = Sampling(temperature=args.temperature, top_k=args.top_k or None, top_p=args.top_p)
         if args.max_new_tokens < 1:

@@ -8,7 +8,7 @@ The reading is in `metis/training/documents.py`, the training in `metis/training
 
 from __future__ import annotations
 
-from metis.errors import MetisError, OneLineParser, report_and_exit
+from metis.errors import ArgumentParser, MetisError, report_and_exit
 from metis.training.documents import (
     FORMATS,
     SEPARATORS,
@@ -22,15 +22,15 @@ from metis.training.tokenizer import train_sentencepiece
 
 def main() -> None:
     """Parse, read, train; exit status 2 and one `error:` line on bad input."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input", nargs="+", required=True, help="files or quoted globs")
     parser.add_argument("--input-format", choices=("auto", *FORMATS), default="auto", help="auto: by suffix")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys or columns to read")
     parser.add_argument("--text-document-separator", choices=SEPARATORS, default="file")
     parser.add_argument("--output-prefix", required=True, help="writes <prefix>.model and <prefix>.vocab")
     parser.add_argument("--vocab-size", type=int, required=True, help="token ids, special ones included")
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         reader = DocumentReader(
             expand_inputs(args.input), args.input_format, args.json_keys, args.text_document_separator
         )

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any, NoReturn
 
-from metis.errors import ConfigError, nearest_name
+from metis.errors import ArgumentParser, ConfigError, nearest_name
 from metis.training.foreign_options import IGNORED, REFUSED_VALUES, refusal
 from metis.training.options import GROUPS, OPTIONS, Option
 from metis.training.presets import preset_values
@@ -80,18 +80,9 @@ def print_args(args: argparse.Namespace) -> None:
     print(f"{_RULER[4:]} end of arguments {_RULER[3:]}", flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are `ConfigError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.match(r"argument ([^\s:]+): (.*)", message, re.DOTALL)
-        where, what = match.groups() if match else ("command line", message)
-        raise ConfigError(where.split("/")[0], f"{what}; see --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the argparse parser of the option table; it produces only what the command line says."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="pretrain_llama.py",
         usage="[torchrun ...] %(prog)s --preset NAME --recipe NAME --data-path PREFIX ... [OPTIONS]",
         description="Pretrain LLaMA-type models in FP4 on megatron-core. Options have Megatron-LM's names.",

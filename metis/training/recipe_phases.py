@@ -22,8 +22,9 @@ class RecipePhases:
     """Moves the linears of `model` from phase to phase; a run without a schedule has one phase."""
 
     def __init__(self, args: Namespace, model: list[nn.Module]) -> None:
-        self.args, self.model = args, model
+        self.model = model
         self.schedule = schedule_of(args.resolved_schedule, args.recipe)
+        self.recipes = recipes_by_phase(args)  # once: a policy file may be gone when a phase begins
         self.index = 0
         if len(self.schedule.phases) > 1:
             print_rank_0(f" > recipe schedule: {self.schedule.describe()}")
@@ -40,7 +41,7 @@ class RecipePhases:
         if index == self.index:
             return False
         phase, self.index = self.schedule.phases[index], index
-        set_model_recipes(self.model, recipes_by_phase(self.args)[phase.start_step])
+        set_model_recipes(self.model, self.recipes[phase.start_step])
         print_rank_0(
             f" > after {step} iterations: phase {index + 1} of {len(self.schedule.phases)} of the recipe "
             f"schedule, recipe {phase.recipe.name} (from step {phase.start_step} on)"

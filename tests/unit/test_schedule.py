@@ -515,3 +515,19 @@ def test_a_layer_refuses_what_it_cannot_become() -> None:
     with pytest.raises(ShapeError, match="multiple of 128"):
         layer.set_recipe("fp8_blocks")
     assert layer.core.recipe == METIS
+
+
+def test_a_phase_begins_without_reading_the_policy_file_again(tmp_path: Path, capsys: Any) -> None:
+    """A file that is edited or removed during a run must not change or end it at the next boundary."""
+    from metis.training.recipe_phases import RecipePhases
+
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"rules": [{"match": "*.linear_proj", "recipe": "bf16"}, {"match": "*"}]}))
+    schedule = _file(tmp_path, [{"at_step": 2, "recipe": "nvfp4"}])
+    args = _resolve(f"--train-iters 4 --recipe metis --policy {policy} --recipe-schedule {schedule}")
+    phases = RecipePhases(args, [])
+    policy.unlink()
+    assert not phases.enter(1)
+    assert phases.enter(2)
+    assert phases.recipes[2]["decoder.layers.0.self_attention.linear_proj"] == BF16
+    assert "phase 2 of 2" in capsys.readouterr().out
