@@ -4,12 +4,20 @@ Order of a run: parse arguments, `apply_patches(device)`, then import anything t
 models. The patches for the CPU must come first because megatron-core decides at import whether functions are
 compiled; a process that has imported megatron-core earlier still gets all of them, only more slowly.
 
-Nothing here changes a process that does not call `apply_patches` or `patch_exact_grad_norm`. The package
-imports torch, megatron-core and the standard library, never `metis`. `python -m megatron_patches` lists what
-it contains.
+Nothing here changes a process that does not call `apply_patches` or one of the `patch_...` functions. The
+package imports torch, megatron-core and the standard library, never `metis`. `python -m megatron_patches`
+lists what it contains.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from megatron_patches.registry import Patch, PatchMismatch, Target, original_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "Patch",
@@ -20,6 +28,7 @@ __all__ = [
     "documentation",
     "original_of",
     "patch_exact_grad_norm",
+    "patch_weight_gradients",
 ]
 
 
@@ -34,6 +43,7 @@ def all_patches() -> tuple[Patch, ...]:
         pipeline_guard,
         recompute_context,
         recompute_without_te,
+        weight_gradients,
     )
 
     return (
@@ -44,6 +54,7 @@ def all_patches() -> tuple[Patch, ...]:
         recompute_without_te.PATCH,
         recompute_context.PATCH,
         pipeline_guard.PATCH,
+        weight_gradients.PATCH,
         *exact_reductions.PATCHES,
     )
 
@@ -61,7 +72,11 @@ def apply_patches(device: str) -> list[str]:
     if device == "cpu":
         no_compile.import_engine()
     return registry.install(
-        [patch for patch in all_patches() if device in patch.devices and not patch.only_exact]
+        [
+            patch
+            for patch in all_patches()
+            if device in patch.devices and not (patch.only_exact or patch.on_request)
+        ]
     )
 
 
@@ -75,6 +90,18 @@ def patch_exact_grad_norm() -> list[str]:
     from megatron_patches import registry
 
     return registry.install([patch for patch in all_patches() if patch.only_exact])
+
+
+def patch_weight_gradients(accumulate: Callable[[Tensor, Tensor, Tensor], object]) -> list[str]:
+    """Let `gradient_accumulation_fusion` take effect without Apex; return the names of the new patches.
+
+    accumulate: `accumulate(input [M, K], grad_output [M, N], main_grad [N, K])` adds grad_output^T input to
+    main_grad, which is fp32 or of the operands' dtype. Without effect where Apex's extension is installed.
+    Raises `PatchMismatch`.
+    """
+    from megatron_patches import registry, weight_gradients
+
+    return registry.install([weight_gradients.with_function(accumulate)])
 
 
 def documentation() -> str:

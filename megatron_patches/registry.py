@@ -65,8 +65,9 @@ class Patch:
     `replace(original, path)` returns what takes the place of each target; it is called once per target. A
     patch that changes state rather than symbols (a function mode, a flag) has `activate`, which returns
     whether it changed something. `relies_on`: symbols that stay in place but must be those the patch was
-    written for. `devices`: where it applies; `only_exact`: only in the exact mode. `upstream`: file and lines
-    at megatron-core 0.16.1.
+    written for. `devices`: where it applies; `only_exact`: only in the exact mode; `on_request`: only through
+    a function of its own, because it needs something that its caller has. `upstream`: file and lines at
+    megatron-core 0.16.1.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Patch:
     delete_when: str
     devices: tuple[str, ...] = DEVICES
     only_exact: bool = False
+    on_request: bool = False
     targets: tuple[Target, ...] = ()
     relies_on: tuple[Target, ...] = ()
     replace: Callable[[Any, str], Any] | None = None

@@ -52,6 +52,7 @@ class Case:
     overlap: bool = False
     model: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
     clip_grad: float = 0.1
+    tied: bool = False  # embedding and output layer share one matrix
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
@@ -118,7 +119,7 @@ class Run:
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 position_embedding_type="rope",
-                share_embeddings_and_output_weights=False,
+                share_embeddings_and_output_weights=case.tied,
                 vp_stage=vp_stage,
             )
             _fill_by_name(chunk)

@@ -41,6 +41,7 @@ from metis.mcore.model import LlamaModel
 from metis.mcore.state import recipe_linears
 from metis.policy import resolve_policy
 from metis.schedule import all_uses, schedule_of
+from metis.training.fusions import Fusions, resolve_fusions
 from metis.training.gemm_backend import TRANSFORMER_ENGINE, edge_counts, resolve_gemm_backend
 from metis.training.outputs import print_rank_0
 
@@ -94,19 +95,17 @@ def recipes_of(args: Namespace) -> dict[str, Recipe]:
 
 
 def transformer_config(
-    args: Namespace, use_transformer_engine: bool, bf16_edges: tuple[int, int] | None = None
+    args: Namespace,
+    use_transformer_engine: bool,
+    bf16_edges: tuple[int, int] | None = None,
+    fusions: Fusions = Fusions(),  # noqa: B008 - frozen
 ) -> TransformerConfig:
     """Return megatron-core's config for these arguments.
 
     bf16_edges: blocks at start and end that stay in bf16 while Transformer Engine computes all others in FP4;
-    None: FP4 is not the engine's business.
+    None: FP4 is not the engine's business. fusions: what `resolve_fusions` found.
     """
     dtype = DTYPES[args.params_dtype_name]
-    fused_wgrad = (
-        args.gradient_accumulation_fusion
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-        and args.device == "cuda"
-    )
     return TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -128,7 +127,7 @@ def transformer_config(
         bias_dropout_fusion=args.bias_dropout_fusion,
         masked_softmax_fusion=args.masked_softmax_fusion,
         apply_rope_fusion=args.apply_rope_fusion and use_transformer_engine,
-        gradient_accumulation_fusion=fused_wgrad,
+        gradient_accumulation_fusion=fusions.weight_gradients,
         cross_entropy_loss_fusion=args.cross_entropy_loss_fusion,
         rotary_interleaved=args.rotary_interleaved,
         qk_layernorm=args.qk_layernorm,
@@ -191,7 +190,8 @@ def build_model(
     ours = {path for used in phases.values() for path, recipe in used.items() if not recipe.is_high_precision}
     backend = resolve_gemm_backend(args, all_uses(phases))
     use_te = uses_transformer_engine(args)
-    config = transformer_config(args, use_te, edge_counts(recipes) if backend is None else None)
+    edges = edge_counts(recipes) if backend is None else None
+    config = transformer_config(args, use_te, edges, resolve_fusions(args))
     num_chunks = args.virtual_pipeline_model_parallel_size or 1
     chunks: list[nn.Module] = []
     for stage in range(num_chunks):

@@ -232,8 +232,8 @@ _BATCH = (
     _off("--no-bias-swiglu-fusion", "bias_swiglu_fusion", "no fused bias and SwiGLU", "model"),
     _off("--no-bias-dropout-fusion", "bias_dropout_fusion", "no fused bias and dropout", "model"),
     _off("--no-rope-fusion", "apply_rope_fusion", "no fused rotary embedding", "model"),
-    _off("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion", "no fused weight gradients",
-         "model"),
+    _off("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion",
+         "GPU: add weight gradients to the main gradient in a pass of their own", "fusions"),
 )
 
 _OPTIMIZER = (
