@@ -28,6 +28,7 @@ __all__ = [
     "documentation",
     "original_of",
     "patch_exact_grad_norm",
+    "patch_rotary",
     "patch_weight_gradients",
 ]
 
@@ -43,6 +44,7 @@ def all_patches() -> tuple[Patch, ...]:
         pipeline_guard,
         recompute_context,
         recompute_without_te,
+        rotary,
         weight_gradients,
     )
 
@@ -55,6 +57,7 @@ def all_patches() -> tuple[Patch, ...]:
         recompute_context.PATCH,
         pipeline_guard.PATCH,
         weight_gradients.PATCH,
+        rotary.PATCH,
         *exact_reductions.PATCHES,
     )
 
@@ -102,6 +105,21 @@ def patch_weight_gradients(accumulate: Callable[[Tensor, Tensor, Tensor], object
     from megatron_patches import registry, weight_gradients
 
     return registry.install([weight_gradients.with_function(accumulate)])
+
+
+def patch_rotary(
+    rotate: Callable[..., Tensor], rotate_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> list[str]:
+    """Let `apply_rope_fusion` and `fused_single_qkv_rope` take effect through the two functions; return the
+    names of the new patches.
+
+    rotate: `rotate(x [s, b, H, d], angles [s, 1, 1, r], interleaved=False)`. rotate_qkv: `rotate_qkv(mixed
+    [s, b, G, (Q + 2) d], q_angles, k_angles, [Q d, d, d])` gives query, key and value. Both take the place
+    of Transformer Engine's where that is installed. Raises `PatchMismatch`.
+    """
+    from megatron_patches import registry, rotary
+
+    return registry.install([rotary.with_functions(rotate, rotate_qkv)])
 
 
 def documentation() -> str:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
 import megatron_patches
+from metis.kernels.availability import reason_unavailable
 from metis.training.outputs import print_rank_0
 
 
@@ -25,25 +26,64 @@ class Fusions:
     """What is fused in this run.
 
     weight_gradients: products of weight gradients add to the fp32 main gradient themselves.
+    rotary: query and key are rotated in one pass. rotary_qkv: in the copy that cuts the QKV projection.
     """
 
     weight_gradients: bool = False
+    rotary: bool = False
+    rotary_qkv: bool = False
 
 
-def resolve_fusions(args: Namespace) -> Fusions:
+def resolve_fusions(args: Namespace, use_transformer_engine: bool) -> Fusions:
     """Return what is fused for `args` on the resolved `args.device`, prepare the engine for it, and print it.
 
     Prints nothing on the CPU.
     """
     if args.device != "cuda":
         return Fusions()
-    reasons = {"weight_gradients": _weight_gradients(args)}
-    fused = [field.name for field in fields(Fusions) if reasons[field.name] is None]
+    reasons = {
+        "weight_gradients": _weight_gradients(args),
+        "rotary": _rotary(args, use_transformer_engine),
+    }
     unfused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    fused = [name for name, reason in reasons.items() if reason is None]
     for title, names in (("fused", fused), ("not fused", unfused)):
         if names:
             print_rank_0(f" > {title}: {', '.join(names).replace('_', ' ')}")
-    return Fusions(**{name: True for name in fused})
+    rotary_qkv = "rotary" in fused and not use_transformer_engine and _cuts_cleanly(args)
+    return Fusions(**dict.fromkeys(fused, True), rotary_qkv=rotary_qkv)
+
+
+def _no_kernels(args: Namespace) -> str | None:
+    """Return why our Triton kernels are out of the question, None when they are not."""
+    return "--exact-reductions" if args.exact_reductions else reason_unavailable(args.device)
+
+
+def _rotary(args: Namespace, use_transformer_engine: bool) -> str | None:
+    """Return why the rotation is not fused; None after the engine has been given what it needs."""
+    if args.position_embedding_type != "rope":
+        return f"--position-embedding-type {args.position_embedding_type}"
+    if not args.apply_rope_fusion:
+        return "--no-rope-fusion"
+    if use_transformer_engine:
+        return None  # its own
+    if args.rotary_interleaved:
+        return "--rotary-interleaved"
+    if reason := _no_kernels(args):
+        return reason
+    from metis.mcore.rotary import FusedRotary
+
+    fused = FusedRotary()
+    megatron_patches.patch_rotary(fused.rotate, fused.rotate_qkv)
+    return None
+
+
+def _cuts_cleanly(args: Namespace) -> bool:
+    """Whether the QKV projection of a rank is its queries, keys and values, with nothing between cut and
+    rotation.
+    """
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    return groups >= args.tensor_model_parallel_size and not args.qk_layernorm
 
 
 def _weight_gradients(args: Namespace) -> str | None:

@@ -126,7 +126,8 @@ def transformer_config(
         else args.bias_gelu_fusion and args.add_bias_linear,
         bias_dropout_fusion=args.bias_dropout_fusion,
         masked_softmax_fusion=args.masked_softmax_fusion,
-        apply_rope_fusion=args.apply_rope_fusion and use_transformer_engine,
+        apply_rope_fusion=fusions.rotary,
+        fused_single_qkv_rope=fusions.rotary_qkv,
         gradient_accumulation_fusion=fusions.weight_gradients,
         cross_entropy_loss_fusion=args.cross_entropy_loss_fusion,
         rotary_interleaved=args.rotary_interleaved,
@@ -191,7 +192,7 @@ def build_model(
     backend = resolve_gemm_backend(args, all_uses(phases))
     use_te = uses_transformer_engine(args)
     edges = edge_counts(recipes) if backend is None else None
-    config = transformer_config(args, use_te, edges, resolve_fusions(args))
+    config = transformer_config(args, use_te, edges, resolve_fusions(args, use_te))
     num_chunks = args.virtual_pipeline_model_parallel_size or 1
     chunks: list[nn.Module] = []
     for stage in range(num_chunks):

@@ -231,7 +231,7 @@ _BATCH = (
     _off("--no-bias-gelu-fusion", "bias_gelu_fusion", "no fused bias and GELU", "model"),
     _off("--no-bias-swiglu-fusion", "bias_swiglu_fusion", "no fused bias and SwiGLU", "model"),
     _off("--no-bias-dropout-fusion", "bias_dropout_fusion", "no fused bias and dropout", "model"),
-    _off("--no-rope-fusion", "apply_rope_fusion", "no fused rotary embedding", "model"),
+    _off("--no-rope-fusion", "apply_rope_fusion", "GPU: rotate query and key by plain operations", "fusions"),
     _off("--no-gradient-accumulation-fusion", "gradient_accumulation_fusion",
          "GPU: add weight gradients to the main gradient in a pass of their own", "fusions"),
 )
