@@ -6,7 +6,8 @@ group. The engine does that in `finalize_model_grads` for parameters that carry 
 these classes set it.
 
 The one idea of `RMSNorm`: keep only the input for backward and normalise again there. It costs one more pass
-over the activation and saves one bf16 copy of it per norm.
+over the activation and saves one bf16 copy of it per norm. With `config.persist_layer_norm` (Megatron's name
+for fused norms) both directions are one Triton kernel each, `metis.mcore.fused_norm`.
 
 Traps: LLaMA rounds the normalised value to the activation dtype *before* it multiplies by the weight, torch's
 `nn.RMSNorm` after; in bf16 the two differ. `build_module` returns plain functions uncalled, so a spec needs
@@ -22,6 +23,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from metis.errors import ConfigError
+from metis.kernels.availability import is_available
+
+MAX_COLUMNS = 16384
+"""Longest row of the fused kernel."""
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -60,8 +66,8 @@ class RMSNorm(torch.nn.Module):
 
     x [..., h] in fp64, fp32, bf16 or fp16; statistics and the first product in fp32 (fp64 for fp64), rounded
     to x's dtype, then times w [h]. The constructor takes what megatron's `WrappedTorchNorm` takes;
-    `persist_layer_norm` and `normalization` select kernels and classes there and are read by nobody here. w
-    is in `config.params_dtype`.
+    `normalization` selects classes there and is read by nobody here. `persist_layer_norm`, here or in the
+    config, selects the fused kernels where they run. w is in `config.params_dtype`.
     """
 
     def __init__(
@@ -77,11 +83,16 @@ class RMSNorm(torch.nn.Module):
         _refuse_zero_centered(config, zero_centered_gamma)
         self.hidden_size = hidden_size
         self.eps = eps
+        self.fused = (persist_layer_norm or config.persist_layer_norm) and hidden_size <= MAX_COLUMNS
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise x [..., h]; returns the same shape and dtype."""
+        if self.fused and x.dtype in _FUSED_DTYPES and x.numel() > 0 and is_available(x.device):
+            from metis.mcore.fused_norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         return _RMSNormFunction.apply(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
