@@ -8,6 +8,8 @@ rest is megatron's own function.
 The one idea: overwrite the dummy logits with the lowest finite value. Their probability is then exactly 0, so
 is their gradient, and backward needs nothing. Only ranks that own padding do any work.
 
+On GPUs `metis.mcore.fused_cross_entropy` computes the same loss without a copy of the logits.
+
 Traps: the logits are overwritten in place (megatron's function does so too for fp32). The lowest *finite*
 value, not -inf: a label that points at a dummy token then gives a huge loss that a zero loss mask can still
 remove, not a NaN.
@@ -22,6 +24,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
 from metis.errors import ShapeError
+from metis.kernels.availability import is_available
 
 
 def vocab_parallel_cross_entropy(
@@ -33,8 +36,10 @@ def vocab_parallel_cross_entropy(
     `labels` int64 [s, b], global token ids. Returns [s, b] in fp32, or fp64 for fp64 logits: there every sum
     over the vocabulary and over ranks is in fp64. The gradient has the dtype of the logits.
 
-    `fusion` takes megatron's fused form (one reduction instead of two). It rounds the gradient to bf16, so it
-    is used for bf16 logits and the plain form for the others. Without padding, the result is bitwise that of
+    `fusion` takes the Triton kernels where they run, for all dtypes but fp64: sums over a block of columns at
+    a time, the gradient written over the logits. Elsewhere it takes megatron's fused form (one reduction
+    instead of two), which rounds the gradient to bf16, so it is used for bf16 logits and the plain form for
+    the others. Otherwise, without padding, the result is bitwise that of
     `megatron.core.tensor_parallel.vocab_parallel_cross_entropy` (0.16.1) for fp32, bf16 and fp16.
 
     Raises `ShapeError` where the ranks together hold fewer columns than `vocab_size`.
@@ -47,6 +52,10 @@ def vocab_parallel_cross_entropy(
             f"logits must cover the vocabulary of {vocab_size}, got {group.size()} x {num_columns} columns",
         )
     num_true_columns = min(max(vocab_size - group.rank() * num_columns, 0), num_columns)
+    if fusion and logits.dtype != torch.float64 and is_available(logits.device):
+        from metis.mcore.fused_cross_entropy import fused_cross_entropy
+
+        return fused_cross_entropy(logits, labels, num_true_columns, group)
     if num_true_columns < num_columns:
         logits = _ExcludeColumns.apply(logits, num_true_columns)
     if logits.dtype == torch.float64:

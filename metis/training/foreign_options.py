@@ -28,7 +28,6 @@ IGNORED: dict[str, bool] = {
     "--local-rank": True,
     "--lazy-mpu-init": True,
     "--no-async-tensor-model-parallel-allreduce": False,
-    "--no-persist-layer-norm": False,
     "--no-scatter-gather-tensors-in-pipeline": False,
     "--te-rng-tracker": False,
     "--disable-msc": False,

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 import megatron_patches
+from metis.errors import ConfigError
 from metis.kernels.availability import reason_unavailable
 from metis.training.outputs import print_rank_0
 
@@ -27,30 +29,37 @@ class Fusions:
 
     weight_gradients: products of weight gradients add to the fp32 main gradient themselves.
     rotary: query and key are rotated in one pass. rotary_qkv: in the copy that cuts the QKV projection.
+    norm: norms are one kernel in each direction. cross_entropy: the loss reads the logits once.
     """
 
     weight_gradients: bool = False
     rotary: bool = False
     rotary_qkv: bool = False
+    norm: bool = False
+    cross_entropy: bool = False
 
 
 def resolve_fusions(args: Namespace, use_transformer_engine: bool) -> Fusions:
     """Return what is fused for `args` on the resolved `args.device`, prepare the engine for it, and print it.
 
-    Prints nothing on the CPU.
+    On the CPU nothing is printed, and only what was asked for is fused: the engine's own cross entropy.
+    Raises `ConfigError` where `--cross-entropy-loss-fusion` was asked for and cannot be had.
     """
     if args.device != "cuda":
-        return Fusions()
+        return Fusions(cross_entropy=args.cross_entropy_loss_fusion)
     reasons = {
         "weight_gradients": _weight_gradients(args),
         "rotary": _rotary(args, use_transformer_engine),
+        "norm": _norm(args, use_transformer_engine),
+        "cross_entropy": _cross_entropy(args),
     }
     unfused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
     fused = [name for name, reason in reasons.items() if reason is None]
     for title, names in (("fused", fused), ("not fused", unfused)):
         if names:
             print_rank_0(f" > {title}: {', '.join(names).replace('_', ' ')}")
-    rotary_qkv = "rotary" in fused and not use_transformer_engine and _cuts_cleanly(args)
+    # A norm per head stands between cutting and rotating.
+    rotary_qkv = "rotary" in fused and not (use_transformer_engine or args.qk_layernorm)
     return Fusions(**dict.fromkeys(fused, True), rotary_qkv=rotary_qkv)
 
 
@@ -71,19 +80,38 @@ def _rotary(args: Namespace, use_transformer_engine: bool) -> str | None:
         return "--rotary-interleaved"
     if reason := _no_kernels(args):
         return reason
-    from metis.mcore.rotary import FusedRotary
-
-    fused = FusedRotary()
-    megatron_patches.patch_rotary(fused.rotate, fused.rotate_qkv)
+    megatron_patches.patch_rotary(*_fused_rotary())
     return None
 
 
-def _cuts_cleanly(args: Namespace) -> bool:
-    """Whether the QKV projection of a rank is its queries, keys and values, with nothing between cut and
-    rotation.
-    """
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    return groups >= args.tensor_model_parallel_size and not args.qk_layernorm
+def _fused_rotary() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """Return both functions of one `FusedRotary`; loads Triton."""
+    from metis.mcore.rotary import FusedRotary
+
+    fused = FusedRotary()
+    return fused.rotate, fused.rotate_qkv
+
+
+def _norm(args: Namespace, use_transformer_engine: bool) -> str | None:
+    if use_transformer_engine or args.normalization == "LayerNorm":
+        return None  # Transformer Engine's and torch's are one kernel by themselves
+    if args.no_persist_layer_norm:
+        return "--no-persist-layer-norm"
+    if args.spec:
+        return "--spec"  # megatron-core's own norms refuse the config field that asks for ours
+    return _no_kernels(args)
+
+
+def _cross_entropy(args: Namespace) -> str | None:
+    if args.no_cross_entropy_loss_fusion:
+        return "--no-cross-entropy-loss-fusion"
+    reason = _no_kernels(args)
+    if reason is not None and args.cross_entropy_loss_fusion:
+        raise ConfigError(
+            "--cross-entropy-loss-fusion",
+            f"must be left out, the fused kernels cannot run here: {reason}",
+        )
+    return reason
 
 
 def _weight_gradients(args: Namespace) -> str | None:

@@ -204,6 +204,11 @@ def check_environment(args: Namespace) -> None:
         f"{args.attention_backend} belongs to Transformer Engine; use auto, flash or local without it",
     )
     require(
+        not (args.cross_entropy_loss_fusion and args.no_cross_entropy_loss_fusion),
+        "--no-cross-entropy-loss-fusion",
+        "contradicts --cross-entropy-loss-fusion; remove one of them",
+    )
+    require(
         args.wandb_project is None or importlib.util.find_spec("wandb") is not None,
         "--wandb-project",
         "needs the package wandb; pip install wandb or remove the option",

@@ -60,11 +60,11 @@ def errors(
     fused: list[Tensor], plain: list[Tensor], exact: list[Tensor], size: list[Tensor]
 ) -> dict[str, float]:
     """Largest errors in ulps of `size`, a magnitude for every element of every result."""
-    ulp = torch.finfo(fused[0].dtype).eps
+    ulp, smallest = torch.finfo(fused[0].dtype).eps, torch.finfo(fused[0].dtype).smallest_normal
     worst = {"fused": 0.0, "plain": 0.0, "apart": 0.0, "fused_rms": 0.0, "plain_rms": 0.0}
     for f, p, e, s in zip(fused, plain, exact, size, strict=True):
         assert f.dtype == p.dtype and f.shape == p.shape == e.shape, (f.shape, p.shape, e.shape)
-        unit = ulp * 2.0 ** torch.floor(torch.log2(s.double().clamp_min(1e-30)))
+        unit = ulp * 2.0 ** torch.floor(torch.log2(s.double().clamp_min(smallest)))
         for name, a, b in (("fused", f, e), ("plain", p, e), ("apart", f, p)):
             distance = (a.double() - b.double()).abs() / unit
             worst[name] = max(worst[name], float(distance.max()))
@@ -134,7 +134,101 @@ def _pair_norm(x: Tensor, rotated: int, channels: int) -> Tensor:
     return torch.cat([length, x[..., rotated:].abs()], dim=-1).reshape(shape)
 
 
-KERNELS: dict[str, Callable[[str], dict[str, dict[str, float]]]] = {"rotary": rotary_errors}
+# --- RMSNorm -----------------------------------------------------------------------------------------------
+
+
+def norm_errors(device: str) -> dict[str, dict[str, float]]:
+    from metis.mcore.fused_norm import rms_norm
+    from metis.mcore.norm import _RMSNormFunction
+
+    found = {}
+    eps = 1e-5
+
+    def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    for dtype_name, dtype in DTYPES.items():
+        # Rows by columns: many short rows, a width that is no power of two, rows longer than a tile.
+        for shape in ((7, 3, 128), (50, 1, 96), (3, 2, 5000), (1, 40)):
+            x = random(shape, dtype, device) * 3
+            x[..., 0] *= 30  # an outlier channel
+            weight = random(shape[-1:], dtype, device, 2)
+            grad = random(shape, dtype, device, 3)
+            fused = with_gradients(lambda *t: rms_norm(*t, eps), [x, weight], [grad])
+            plain = with_gradients(lambda *t: _RMSNormFunction.apply(*t, eps), [x, weight], [grad])
+            exact = with_gradients(exact_norm, [x.double(), weight.double()], [grad.double()])
+            y, grad_x, grad_weight = exact
+            row_max = grad_x.abs().amax(-1, keepdim=True).expand_as(grad_x)
+            size = [y.abs(), row_max, grad_weight.abs().amax().expand_as(grad_weight)]
+            for index, part in enumerate(("y", "dx", "dw")):
+                three = [[results[index]] for results in (fused, plain, exact, size)]
+                found[f"{dtype_name}, {'x'.join(map(str, shape))}, {part}"] = errors(*three)
+    return found
+
+
+# --- cross entropy -----------------------------------------------------------------------------------------
+
+
+class OneRank:
+    """A process group of this process alone."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def cross_entropy_errors(device: str, group: Any = OneRank()) -> dict[str, dict[str, float]]:  # noqa: B008
+    """Every rank of a group holds its columns of the same logits."""
+    from metis.mcore.fused_cross_entropy import fused_cross_entropy
+
+    found = {}
+    # padded vocabulary, true one, tokens; 20 of 48: with two ranks the second holds padding alone.
+    for padded, vocab, shape in (
+        (48, 48, (5, 2)),
+        (48, 37, (5, 2)),
+        (48, 20, (3, 1)),
+        (40000, 39000, (3, 1)),
+    ):
+        width = padded // group.size()
+        part = slice(group.rank() * width, (group.rank() + 1) * width)
+        num_true = min(max(vocab - part.start, 0), width)
+        labels = (torch.arange(shape[0] * shape[1]).view(shape) * 7919 % vocab).to(device)
+        grad = random(shape, torch.float32, device, 4)
+        grad[0] = 0.0  # a token that a loss mask removes
+        for dtype_name, dtype in DTYPES.items():
+            full = random((*shape, padded), dtype, device) * 4
+
+            def plain(x: Tensor, vocab: int = vocab, labels: Tensor = labels) -> Tensor:
+                x = x.float() if x.dtype != torch.float64 else x
+                loss = torch.nn.functional.cross_entropy(x[..., :vocab].flatten(0, 1), labels.view(-1),
+                                                         reduction="none")  # fmt: skip
+                return loss.view(labels.shape)
+
+            fused = with_gradients(
+                lambda x: fused_cross_entropy(x * 1, labels, num_true, group), [full[..., part]], [grad]  # noqa: B023
+            )  # fmt: skip
+            oracle = with_gradients(plain, [full], [grad])
+            exact = with_gradients(plain, [full.double()], [grad.double()])
+            target = torch.nn.functional.one_hot(labels, padded)
+            probability = torch.softmax(full.double()[..., :vocab], -1)
+            probability = torch.nn.functional.pad(probability, (0, padded - vocab))
+            largest = torch.maximum(probability, target) * grad.double().unsqueeze(-1).abs()
+            name = f"{dtype_name}, {vocab} of {padded}"
+            scale = exact[0].abs() + full.double().abs().amax(-1)
+            found[f"{name}, loss"] = errors([fused[0]], [oracle[0]], [exact[0]], [scale])
+            pieces = [[x[..., part]] for x in (oracle[1], exact[1], largest)]
+            found[f"{name}, grad"] = errors([fused[1]], *pieces)
+            assert not fused[1][..., num_true:].any(), "padding has no gradient"
+    return found
+
+
+KERNELS: dict[str, Callable[[str], dict[str, dict[str, float]]]] = {
+    "rotary": rotary_errors,
+    "norm": norm_errors,
+    "cross_entropy": cross_entropy_errors,
+}
 
 
 # --- times -------------------------------------------------------------------------------------------------
@@ -181,7 +275,48 @@ def rotary_times() -> dict[str, float]:
     }
 
 
-TIMES: dict[str, Callable[[], dict[str, float]]] = {"rotary": rotary_times}
+def norm_times() -> dict[str, float]:
+    """4096 tokens of hidden size 4096, forward and backward."""
+    from metis.mcore.fused_norm import rms_norm
+    from metis.mcore.norm import _RMSNormFunction
+
+    x = random((4096, 1, 4096), torch.bfloat16, "cuda").requires_grad_()
+    weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    grad = torch.randn_like(x)
+    run = torch.autograd.grad
+    return {
+        "plain": milliseconds(lambda: run(_RMSNormFunction.apply(x, weight, 1e-5), [x, weight], grad)),
+        "fused": milliseconds(lambda: run(rms_norm(x, weight, 1e-5), [x, weight], grad)),
+    }
+
+
+def cross_entropy_times() -> dict[str, float]:
+    """4096 tokens of a vocabulary of 128256, forward and backward, with a copy of the logits in both."""
+    from metis.mcore.fused_cross_entropy import fused_cross_entropy
+
+    logits = random((4096, 1, 128256), torch.bfloat16, "cuda").requires_grad_()
+    labels = torch.randint(128000, (4096, 1), device="cuda")
+    grad = torch.ones(4096, 1, device="cuda")
+
+    def plain(x: Tensor) -> Tensor:
+        loss = torch.nn.functional.cross_entropy(x.float().squeeze(1), labels.view(-1), reduction="none")
+        return loss.view(labels.shape)
+
+    run = torch.autograd.grad
+    return {
+        "plain": milliseconds(lambda: run(plain(logits * 1), logits, grad)),
+        "fused": milliseconds(
+            lambda: run(fused_cross_entropy(logits * 1, labels, 128000, OneRank()), logits, grad)
+        ),
+        "copy": milliseconds(lambda: run(logits * 1, logits, logits)),
+    }
+
+
+TIMES: dict[str, Callable[[], dict[str, float]]] = {
+    "rotary": rotary_times,
+    "norm": norm_times,
+    "cross_entropy": cross_entropy_times,
+}
 
 
 def main() -> int:

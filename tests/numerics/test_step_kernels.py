@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from tests._distributed import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -23,6 +26,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ROTARY_FUSED_FP32 = 2.5  # [1.42] three roundings under the interpreter, two with FMA
 ROTARY_FUSED = 0.501  # [0.5] bf16 and fp16: one rounding
 ROTARY_APART = 2.0  # [2.0] from the plain function, whose own error reaches 1.51
+# Of the element itself for y, of the largest of its row for dx, of the largest of all for dw.
+NORM_FP32 = 6.0  # [3.5]
+NORM_16_BIT = {"y": 0.0, "dx": 0.501, "dw": 0.0}  # y and dw: distance from the plain function; dx: [0.5]
+# Of loss plus largest logit; of the larger of probability and label, times the loss's gradient.
+LOSS_FP32 = 1.0  # [0.5]; plain 1.5 for 39000 columns
+LOGITS_GRADIENT_FP32 = 50.0  # [33] of exp(x - max) after the difference was rounded; plain 130
+LOGITS_GRADIENT_16_BIT = 0.501  # [0.5]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -48,3 +58,87 @@ def test_rotary_is_rounded_once_and_closer_to_float64_than_the_plain_function(
         assert error["fused"] <= limit and error["apart"] <= ROTARY_APART, (name, error)
         if not name.startswith("fp32"):
             assert error["fused"] < error["plain"] and error["fused_rms"] < error["plain_rms"], name
+
+
+def test_norm_keeps_the_roundings_of_the_plain_function(measured: dict[str, Any]) -> None:
+    cases = measured["norm"]
+    assert len(cases) == 3 * 4 * 3
+    for name, error in cases.items():
+        part = name.rsplit(", ", 1)[1]
+        if name.startswith("fp32"):
+            assert error["fused"] <= NORM_FP32, (name, error)
+        else:
+            assert error["fused" if part == "dx" else "apart"] <= NORM_16_BIT[part], (name, error)
+
+
+def check_cross_entropy(cases: dict[str, Any]) -> None:
+    assert len(cases) == 4 * 3 * 2
+    for name, error in cases.items():
+        if name.endswith("loss"):
+            limit = LOSS_FP32
+        else:
+            limit = LOGITS_GRADIENT_FP32 if name.startswith("fp32") else LOGITS_GRADIENT_16_BIT
+        assert error["fused"] <= limit, (name, error)
+
+
+def test_cross_entropy_excludes_padding_and_is_rounded_once(measured: dict[str, Any]) -> None:
+    check_cross_entropy(measured["cross_entropy"])
+
+
+def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
+    import torch
+
+    from megatron_patches import apply_patches
+
+    apply_patches("cpu")
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+
+    from metis.mcore.cross_entropy import vocab_parallel_cross_entropy
+    from metis.mcore.norm import RMSNorm
+    from tests.gpu.step_kernels import cross_entropy_errors, round_like_a_gpu
+
+    round_like_a_gpu()
+    parallel_state.initialize_model_parallel(world_size)
+    found: dict[str, Any] = {
+        "cases": cross_entropy_errors("cpu", parallel_state.get_tensor_model_parallel_group())
+    }
+    logits = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(rank))
+    labels = torch.full((5, 2), 40)
+    for fusion in (False, True):
+        x = logits.clone().requires_grad_()
+        loss = vocab_parallel_cross_entropy(x * 1, labels, vocab_size=37, fusion=fusion)
+        loss.backward(torch.zeros_like(loss), retain_graph=True)
+        found[f"dummy label {fusion}"] = loss.tolist(), x.grad.tolist(), type(loss.grad_fn).__name__
+    try:
+        loss.backward(torch.zeros_like(loss))
+    except RuntimeError as error:
+        found["twice"] = str(error)
+    for fused in (False, True):
+        config = SimpleNamespace(layernorm_zero_centered_gamma=False, sequence_parallel=True,
+                                 persist_layer_norm=fused, params_dtype=torch.float32)  # fmt: skip
+        norm = RMSNorm(config, 8)
+        assert norm.weight.sequence_parallel
+        found[f"norm {fused}"] = [
+            type(norm(torch.ones(2, 8, dtype=dtype)).grad_fn).__name__
+            for dtype in (torch.float32, torch.float64)
+        ]
+    return found
+
+
+def test_two_ranks_share_a_vocabulary_and_switches_choose_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for found in run_ranks(on_two_ranks, 2, patched=False):
+        check_cross_entropy(found["cases"])
+        (plain_loss, plain_grad, plain), (loss, grad, fused) = (
+            found[f"dummy label {fusion}"] for fusion in (False, True)
+        )
+        assert (plain, fused) == ("_VocabParallelCrossEntropyBackward", "_FusedCrossEntropyBackward")
+        assert loss == plain_loss and min(min(row) for row in loss) > 3e38
+        assert not np.any(grad) and not np.any(plain_grad)
+        assert "backward has run" in found["twice"]
+        assert found["norm False"] == ["_RMSNormFunctionBackward"] * 2
+        assert found["norm True"] == ["_FusedRMSNormBackward", "_RMSNormFunctionBackward"]

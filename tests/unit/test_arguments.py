@@ -51,6 +51,7 @@ MEGATRON_DEFAULTS = [
      --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-average-in-collective
      --exit-signal-handler --skip-train --recompute-activations --check-for-spiky-loss --check-for-large-grads
      --manual-gc --deterministic-mode --calculate-per-token-loss --cross-entropy-loss-fusion
+     --no-persist-layer-norm
      --override-opt_param-scheduler --override-opt-param-scheduler --use-checkpoint-opt_param-scheduler
      --use-checkpoint-opt-param-scheduler --bf16 --fp16 --accumulate-allreduce-grads-in-fp32
      --grad-reduce-in-bf16 --attention-softmax-in-fp32 --mock-data
@@ -134,6 +135,7 @@ OUR_DEFAULTS = {
     "recipe_schedule": None,
     "policy": None,
     "exact_reductions": False,
+    "no_cross_entropy_loss_fusion": False,
     "gemm_backend": "auto",
     "quantize_kernels": "auto",
     "device": "auto",
