@@ -34,7 +34,7 @@ ROWS = (
     ("metis.observe",),
     ("metis.mcore",),
     ("metis.training",),
-    ("metis.export",),
+    ("metis.export", "metis.benchmark"),
 )
 """From the bottom up. A folder is one entry; its files may import each other."""
 
@@ -49,6 +49,7 @@ MEETS_MEGATRON = ("metis.mcore", "metis.training", "metis.export")
 
 TORCH_FREE = (
     "pretrain_llama",
+    "metis.benchmark.shapes",
     "metis.errors",
     "metis.formats",
     "metis.config",
