@@ -196,7 +196,10 @@ def _launch_here(settings: step_runs.StepSettings, job: WorkerJob, scratch: Path
     run_ranks(_work, settings.num_gpus, asdict(job))
 
 
-@pytest.mark.parametrize(("num_ranks", "more"), [(1, ()), (2, ("--tensor-model-parallel-size", "2"))])
+@pytest.mark.parametrize(
+    ("num_ranks", "more"),
+    [(1, ()), pytest.param(2, ("--tensor-model-parallel-size", "2"), marks=pytest.mark.long)],
+)
 def test_steps_of_every_recipe_with_profile(tmp_path, monkeypatch, num_ranks: int, more: tuple[str, ...]):
     settings = step_runs.StepSettings(
         model=step_model("tiny"), device="cpu", num_gpus=num_ranks, warmup=2, num_steps=7, num_profiled=2,
