@@ -85,7 +85,8 @@ class QuantizerConfig:
         default="rne", metadata={"doc": "of the E2M1 values; scales are rounded as scale_rounding says"}
     )
     num_random_bits: int = field(
-        default=24, metadata={"range": "8, 24", "doc": "bits per element of stochastic rounding: 8 or 24"}
+        default=16,
+        metadata={"range": "8, 16, 24", "doc": "bits per element of stochastic rounding: 8, 16 or 24"},
     )
     rht: RhtConfig | None = field(
         default=None,
@@ -128,12 +129,12 @@ class QuantizerConfig:
             f"{_one_of([self.block_shape])}",
         )
         _require(
-            self.num_random_bits in (8, 24),
+            self.num_random_bits in (8, 16, 24),
             "quantizer.num_random_bits",
-            f"must be 8 or 24, received {self.num_random_bits}; 24 is free of visible bias",
+            f"must be 8, 16 or 24, received {self.num_random_bits}; the bias is below 2^-bits of a grid step",
         )
         _require(
-            self.rounding == "stochastic" or self.num_random_bits == 24,
+            self.rounding == "stochastic" or self.num_random_bits == 16,
             "quantizer.num_random_bits",
             "has no effect with rounding 'rne'; remove it or set rounding: stochastic",
         )

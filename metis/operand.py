@@ -36,7 +36,7 @@ from metis.quantize import (
     random_hadamard,
     tensor_amax,
 )
-from metis.rng import NoisePosition, random_words, stream_key
+from metis.rng import WORD_BITS_FOR, NoisePosition, random_words, stream_key
 
 
 @lru_cache(maxsize=512)
@@ -254,10 +254,10 @@ class NoiseStream:
     operand: str
     position: NoisePosition
 
-    def words(self, rows: Axis, cols: Axis, device: torch.device) -> Tensor:
-        """Return one 32-bit word per logical (row, column): int64 [rows_local, cols_local]."""
-        key = stream_key(self.seed, self.layer, self.operand)
-        return random_words(key, self.position, rows.indices(device), cols.indices(device))
+    def words(self, rows: Axis, cols: Axis, device: torch.device, num_random_bits: int) -> Tensor:
+        """Return one word per (row, column) held here, for so many random bits: int64 [rows, cols]."""
+        key, num_bits = stream_key(self.seed, self.layer, self.operand), WORD_BITS_FOR[num_random_bits]
+        return random_words(key, self.position, rows.indices(device), cols.indices(device), num_bits)
 
     def for_kernel(self, rows: Axis, cols: Axis, is_transposed: bool) -> KernelNoise:
         """Return the same stream as a kernel takes it, for a matrix [rows, cols]."""
@@ -339,9 +339,9 @@ def encode(
     if quantizer.rounding == "stochastic":
         assert noise is not None, "stochastic rounding needs a noise stream"
         if noise_is_transposed:
-            words = noise.words(cols, rows, matrix.device).t()
+            words = noise.words(cols, rows, matrix.device, quantizer.num_random_bits).t()
         else:
-            words = noise.words(rows, cols, matrix.device)
+            words = noise.words(rows, cols, matrix.device, quantizer.num_random_bits)
     first = _quantize(matrix, quantizer, shared, words, amax)
     if quantizer.num_terms == 1:
         return EncodedMatrix(terms=(first,))

@@ -36,6 +36,12 @@ _KEY_INCREMENT_0 = 0x9E3779B9
 _KEY_INCREMENT_1 = 0xBB67AE85
 
 _WORDS_PER_CALL = 4
+_WORD_BITS = 32
+_BITS_PER_CALL = _WORDS_PER_CALL * _WORD_BITS
+_WORD_WIDTHS = (8, 16, 32)
+WORD_BITS_FOR = {8: 8, 16: 16, 24: 32}
+"""Width of the word that stochastic rounding with so many random bits takes; 24 are the top of 32."""
+
 _ROW_HASH_COLUMN_BLOCK = _MASK_32
 """First counter word of `uniform_hash`: no column block reaches it, since a column is below 2^32."""
 
@@ -108,23 +114,36 @@ def philox4x32(
     return c0.expand(shape), c1.expand(shape), c2.expand(shape), c3.expand(shape)
 
 
-def random_words(key: tuple[int, int], position: NoisePosition, rows: Tensor, cols: Tensor) -> Tensor:
-    """Return one 32-bit word per (row, col) of a piece of a matrix.
+def random_words(
+    key: tuple[int, int], position: NoisePosition, rows: Tensor, cols: Tensor, num_bits: int = 32
+) -> Tensor:
+    """Return one random word per (row, col) of a piece of a matrix.
 
     rows: [R] int64 global row indices; cols: [C] int64 global column indices; any order, repeats allowed.
-    Returns [R, C] int64, values in [0, 2^32), on the device of `rows`.
+    num_bits: 32, 16 or 8. Returns [R, C] int64, values in [0, 2^num_bits), on the device of `rows`.
 
-    The word of (row, col) is output `col % 4` of Philox with counter `(col // 4, row, microbatch, step)`.
-    Columns that come as aligned runs of four use every output word; others are gathered from the calls they
-    need.
+    One Philox call serves n = 128 / num_bits neighbouring columns: the word of (row, col) is piece `col % n`,
+    lowest bits first, of the output with counter `(col // n, row, microbatch, step)`. Columns that come as
+    aligned runs of n use every piece; others are gathered from the calls they need.
     """
     _require_index_vector("rows", rows)
     _require_index_vector("cols", cols)
-    if _is_aligned_runs(cols):
-        return _words_of_blocks(key, position, rows, cols[::_WORDS_PER_CALL] // _WORDS_PER_CALL)
-    blocks, block_of_col = torch.unique(cols // _WORDS_PER_CALL, return_inverse=True)
-    words = _words_of_blocks(key, position, rows, blocks)
-    return words.index_select(1, block_of_col * _WORDS_PER_CALL + cols % _WORDS_PER_CALL)
+    if num_bits not in _WORD_WIDTHS:
+        raise ConfigError("num_bits", f"must be one of {_WORD_WIDTHS}, received {num_bits}")
+    per_call = _BITS_PER_CALL // num_bits
+    if _is_aligned_runs(cols, per_call):
+        return _pieces(_words_of_blocks(key, position, rows, cols[::per_call] // per_call), num_bits)
+    blocks, block_of_col = torch.unique(cols // per_call, return_inverse=True)
+    words = _pieces(_words_of_blocks(key, position, rows, blocks), num_bits)
+    return words.index_select(1, block_of_col * per_call + cols % per_call)
+
+
+def _pieces(words: Tensor, num_bits: int) -> Tensor:
+    """Cut 32-bit words [R, n] into words of num_bits, lowest bits first: [R, n * 32 / num_bits]."""
+    if num_bits == _WORD_BITS:
+        return words
+    shifts = torch.arange(0, _WORD_BITS, num_bits, device=words.device)
+    return ((words[:, :, None] >> shifts) & (2**num_bits - 1)).flatten(1)
 
 
 def uniform_hash(key: tuple[int, int], position: NoisePosition, rows: Tensor) -> Tensor:
@@ -175,14 +194,14 @@ def _words_of_blocks(key: tuple[int, int], position: NoisePosition, rows: Tensor
     return words.flatten(1)
 
 
-def _is_aligned_runs(cols: Tensor) -> bool:
-    """Tell whether `cols` is a sequence of runs 4j, 4j + 1, 4j + 2, 4j + 3."""
-    if cols.numel() % _WORDS_PER_CALL:
+def _is_aligned_runs(cols: Tensor, length: int) -> bool:
+    """Tell whether `cols` is a sequence of runs nj, nj + 1, ..., nj + n - 1 of `length` n."""
+    if cols.numel() % length:
         return False
-    runs = cols.view(-1, _WORDS_PER_CALL)
+    runs = cols.view(-1, length)
     first = runs[:, :1]
-    expected = first + torch.arange(_WORDS_PER_CALL, device=cols.device)
-    return bool(((runs == expected) & (first % _WORDS_PER_CALL == 0)).all())
+    expected = first + torch.arange(length, device=cols.device)
+    return bool(((runs == expected) & (first % length == 0)).all())
 
 
 def _require_index_vector(name: str, index: Tensor) -> None:

@@ -35,7 +35,7 @@ from metis.formats import (
     FP8_NAN_BYTE,
 )
 
-RANDOM_BIT_WIDTHS = (8, 24)
+RANDOM_BIT_WIDTHS = (8, 16, 24)
 """8: what Transformer Engine's software path and the hardware use. 24: bias below 2^-24 of a step."""
 
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -58,11 +58,11 @@ def round_to_e2m1_rne(y: Tensor) -> Tensor:
     return q.div_(step).round_().mul_(step).nan_to_num_(nan=0.0)
 
 
-def round_to_e2m1_stochastic(y: Tensor, words: Tensor, num_random_bits: int = 24) -> Tensor:
+def round_to_e2m1_stochastic(y: Tensor, words: Tensor, num_random_bits: int = 16) -> Tensor:
     """Round to one of the two neighbouring E2M1 values, up in magnitude with the probability of the rest.
 
     y: fp32, any shape; words: int64 of the same shape, 32 random bits each in [0, 2^32).
-    num_random_bits: b = 24 uses the top bits of a word (`word >> 8`), b = 8 the lowest byte (`word & 0xff`).
+    num_random_bits: b = 24 uses the top bits of a word (`word >> 8`), b = 16 and b = 8 the lowest bits.
     Returns fp32 values on the grid.
 
     With lower neighbour lo, grid step d, `f = (|y| - lo) / d` and random integer k: up iff `k + floor(2^b
@@ -77,10 +77,10 @@ def round_to_e2m1_stochastic(y: Tensor, words: Tensor, num_random_bits: int = 24
             "round_to_e2m1_stochastic",
             f"words must be int64 of shape {tuple(y.shape)}, received {tuple(words.shape)} {words.dtype}",
         )
-    if num_random_bits == 8:
-        random_integer = words & 0xFF
-    elif num_random_bits == 24:
+    if num_random_bits == 24:
         random_integer = words >> (_WORD_BITS - 24)
+    elif num_random_bits in RANDOM_BIT_WIDTHS:
+        random_integer = words & (2**num_random_bits - 1)
     else:
         raise ConfigError(
             "num_random_bits", f"must be one of {RANDOM_BIT_WIDTHS}, received {num_random_bits}"

@@ -6,6 +6,8 @@ random words come from the counters of `metis.rng`, and tests compare bytes.
 
     amax, rotate                      largest magnitude (also of the rotated matrix); Hadamard rotation
     quantize_nvfp4, quantize_mxfp4    packed codes and scales, and/or the decoded bf16 operand
+    quantize_both, amax_both          the same of a matrix and its transpose, in one read
+    project, fold, residual           P = x V in canonical chunks, R = x - P V^T (own bits, see projection.py)
     decode_operand, dequantize        bytes back to numbers
 
 Traps:
@@ -20,14 +22,20 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "CopyRequest": "both",
     "KernelNoise": "arguments",
     "KernelOutput": "arguments",
     "amax": "reduction",
+    "amax_both": "reduction",
     "decode_operand": "decoding",
     "dequantize": "decoding",
+    "fold": "projection",
     "is_available": "availability",
+    "project": "projection",
+    "quantize_both": "both",
     "quantize_mxfp4": "mxfp4",
     "quantize_nvfp4": "nvfp4",
+    "residual": "projection",
     "rotate": "rotation",
 }
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from metis.errors import ConfigError, ShapeError
 from metis.formats import RHT_SCALES_F32
 from metis.kernels.availability import reason_unavailable
-from metis.rng import NoisePosition
+from metis.rng import WORD_BITS_FOR, NoisePosition
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RANDOM_BIT_WIDTHS = (8, 24)
+RANDOM_BIT_WIDTHS = (8, 16, 24)
 
 Runs = tuple[tuple[int, int], ...]
 
-_WORDS_PER_CALL = 4
+_BITS_PER_CALL = 128
 _MAX_INDEX = 2**31
 
 
@@ -55,15 +55,14 @@ class KernelNoise:
                     f"2^31, received {runs}",
                 )
 
-    @property
-    def features_are_aligned(self) -> bool:
-        """Whether four neighbouring features always share a Philox call, which is four times cheaper."""
-        position = 0
+    def features_are_aligned(self, num_random_bits: int) -> bool:
+        """Whether the features that share a Philox call always lie side by side, which is much cheaper."""
+        position, per_call = 0, _BITS_PER_CALL // WORD_BITS_FOR[num_random_bits]
         for first, length in self.features:
-            if first % _WORDS_PER_CALL or position % _WORDS_PER_CALL:
+            if first % per_call or position % per_call:
                 return False
             position += length
-        return True
+        return position % per_call == 0
 
     def counter_words(self) -> tuple[int, int, int, int]:
         """Return key and counter words as the signed 32-bit ints that a launch passes."""
@@ -205,6 +204,11 @@ def require_rounding(
         )
 
 
+def is_native(x: Tensor) -> bool:
+    """Whether kernels on x run on hardware, with its own conversions and roundings (of the same bits)."""
+    return x.is_cuda
+
+
 def as_loadable(x: Tensor) -> Tensor:
     """Return bf16 as its 16-bit integers, which kernels widen themselves; other dtypes as they are."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
@@ -219,16 +223,27 @@ def empty_operand(x: Tensor) -> Tensor:
 
 
 def empty_output(
-    x: Tensor, block_shape: tuple[int, int], want_packed: bool, want_operand: bool
+    x: Tensor,
+    block_shape: tuple[int, int],
+    want_packed: bool,
+    want_operand: bool,
+    operand_out: Tensor | None = None,
 ) -> KernelOutput:
-    """Return uninitialised outputs for a matrix."""
+    """Return uninitialised outputs for a matrix; the operand goes to `operand_out` where that is given."""
+    if operand_out is not None and (operand_out.shape != x.shape or operand_out.dtype != torch.bfloat16):
+        raise ShapeError(
+            "operand_out",
+            f"must be bf16 {tuple(x.shape)}, received {operand_out.dtype} {tuple(operand_out.shape)}",
+        )
     num_rows, num_cols = x.shape
     packed = scale_bytes = None
     if want_packed:
         blocks = (num_rows // block_shape[0], num_cols // block_shape[1])
         packed = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=x.device)
         scale_bytes = torch.empty(blocks, dtype=torch.uint8, device=x.device)
-    operand = empty_operand(x) if want_operand else None
+    operand = operand_out
+    if want_operand and operand is None:
+        operand = empty_operand(x)
     return KernelOutput(packed=packed, scale_bytes=scale_bytes, operand=operand)
 
 

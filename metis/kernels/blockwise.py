@@ -29,6 +29,7 @@ from metis.kernels.arguments import (
     empty_output,
     indices_of,
     is_column_major,
+    is_native,
     rotation_of,
 )
 from metis.kernels.elementary import (
@@ -75,13 +76,29 @@ class Tile:
     num_warps: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One of two copies that are made of a matrix in one read.
+
+    amax: fp32 0-dim, None where the format has no tensor scale. scale_rule: one of the numbers above. noise:
+    for stochastic rounding. operand_out: where the decoded operand goes, None: a new tensor.
+    """
+
+    amax: Tensor | None
+    scale_rule: int
+    noise: KernelNoise | None = None
+    num_random_bits: int = 16
+    want_packed: bool = False
+    operand_out: Tensor | None = None
+
+
 def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile:
     """Return the tile for a matrix: long along its contiguous axis, whole blocks and rotations along C."""
     min_rows, min_cols = block_shape[0], max(block_shape[1], rotation_size)
     if is_column_major(x):
         # One warp holds whole blocks of a few neighbouring rows, so maxima and butterflies need no exchange.
-        rows = min(128, max(16, triton.next_power_of_2(x.shape[0])))
-        return Tile(rows, min_cols, max(1, rows * min_cols // 2048))
+        rows = min(256, max(16, triton.next_power_of_2(x.shape[0])))
+        return Tile(rows, min_cols, max(1, rows * min_cols // 4096))
     cols = max(min_cols, min(256, triton.next_power_of_2(x.shape[1])))
     return Tile(max(min_rows, 4096 // cols), cols, 4)
 
@@ -99,6 +116,7 @@ def load_tile(
     stride_c,
     IS_BF16: tl.constexpr,
     ROTATION: tl.constexpr,
+    NATIVE: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -109,7 +127,7 @@ def load_tile(
     mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
     tile = load_float32(base, rows[:, None] * stride_r + cols[None, :] * stride_c, mask, IS_BF16)
     if ROTATION > 0:
-        tile = rotate_tile(tile, signs, rotation_scale, ROTATION, TILE_R, TILE_C)
+        tile = rotate_tile(tile, signs, rotation_scale, ROTATION, NATIVE, TILE_R, TILE_C)
     return tile
 
 
@@ -166,6 +184,56 @@ def mxfp4_scales(block_amax, SCALE_RULE: tl.constexpr):
     return byte, scale, tl.where(finite, encode, float("nan"))
 
 
+@triton.jit
+def encode_tile(
+    tile,
+    amax,
+    tokens,
+    features,
+    packed,
+    scale_bytes,
+    operand,
+    row_start,
+    col_start,
+    num_rows,
+    num_cols,
+    operand_stride_r,
+    operand_stride_c,
+    key_0,
+    key_1,
+    microbatch,
+    step,
+    SCALE_RULE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_RANDOM_BITS: tl.constexpr,
+    TOKENS_ARE_COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    WANT_PACKED: tl.constexpr,
+    WANT_OPERAND: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Find block scales of a tile in registers, round it and write what was asked for."""
+    maxima = block_amax(tile, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+    if SCALE_RULE >= _MXFP4_STANDARD:
+        byte, scale, encode = mxfp4_scales(maxima, SCALE_RULE)
+    else:
+        byte, scale, encode = nvfp4_scales(maxima, tl.load(amax), SCALE_RULE)
+    random = 0
+    if NUM_RANDOM_BITS > 0:
+        random = random_integers(tokens, features, row_start, col_start, num_rows, num_cols, key_0, key_1,
+                                 microbatch, step, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, TILE_R,
+                                 TILE_C)  # fmt: skip
+    y = times_blocks(tile, encode, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+    value, code = round_to_e2m1(y, random, NUM_RANDOM_BITS, NATIVE)
+    write_outputs(value, code, y, scale, byte, packed, scale_bytes, operand, row_start, col_start, num_rows,
+                  num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
+                  NAN_CODE if NUM_RANDOM_BITS > 0 else 0, WANT_PACKED, WANT_OPERAND, TILE_R,
+                  TILE_C)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=_STEP_DEPENDENT)
 def _quantize_kernel(
     x,
@@ -195,6 +263,7 @@ def _quantize_kernel(
     NUM_RANDOM_BITS: tl.constexpr,
     TOKENS_ARE_COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NATIVE: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -204,23 +273,69 @@ def _quantize_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
-                     IS_BF16, ROTATION, TILE_R, TILE_C)  # fmt: skip
-    maxima = block_amax(tile, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
-    if SCALE_RULE >= _MXFP4_STANDARD:
-        byte, scale, encode = mxfp4_scales(maxima, SCALE_RULE)
-    else:
-        byte, scale, encode = nvfp4_scales(maxima, tl.load(amax), SCALE_RULE)
-    random = 0
-    if NUM_RANDOM_BITS > 0:
-        random = random_integers(tokens, features, row_start, col_start, num_rows, num_cols, key_0, key_1,
-                                 microbatch, step, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, TILE_R,
-                                 TILE_C)  # fmt: skip
-    y = times_blocks(tile, encode, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
-    value, code = round_to_e2m1(y, random, NUM_RANDOM_BITS)
-    write_outputs(value, code, y, scale, byte, packed, scale_bytes, operand, row_start, col_start, num_rows,
-                  num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
-                  NAN_CODE if NUM_RANDOM_BITS > 0 else 0, WANT_PACKED, WANT_OPERAND, TILE_R,
-                  TILE_C)  # fmt: skip
+                     IS_BF16, ROTATION, NATIVE, TILE_R, TILE_C)  # fmt: skip
+    encode_tile(tile, amax, tokens, features, packed, scale_bytes, operand, row_start, col_start, num_rows,
+                num_cols, operand_stride_r, operand_stride_c, key_0, key_1, microbatch, step, SCALE_RULE,
+                BLOCK_R, BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, WANT_PACKED,
+                WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("row_key_0", "row_key_1", "col_key_0", "col_key_1", "microbatch", "step"))
+def _quantize_both_kernel(
+    x,
+    signs,
+    tokens,
+    features,
+    row_amax,
+    row_packed,
+    row_scale_bytes,
+    row_operand,
+    row_stride,
+    row_key_0,
+    row_key_1,
+    col_amax,
+    col_packed,
+    col_scale_bytes,
+    col_operand,
+    col_stride,
+    col_key_0,
+    col_key_1,
+    microbatch,
+    step,
+    num_rows,
+    num_cols,
+    stride_r,
+    rotation_scale,
+    IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_SCALE_RULE: tl.constexpr,
+    ROW_RANDOM_BITS: tl.constexpr,
+    ROW_WANT_PACKED: tl.constexpr,
+    COL_SCALE_RULE: tl.constexpr,
+    COL_RANDOM_BITS: tl.constexpr,
+    COL_WANT_PACKED: tl.constexpr,
+    COL_ROTATION: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    tiles_per_row = tl.cdiv(num_cols, TILE_C)
+    row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
+    col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
+    tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, 1,
+                     IS_BF16, 0, NATIVE, TILE_R, TILE_C)  # fmt: skip
+    encode_tile(tile, row_amax, tokens, features, row_packed, row_scale_bytes, row_operand, row_start,
+                col_start, num_rows, num_cols, row_stride, 1, row_key_0, row_key_1, microbatch, step,
+                ROW_SCALE_RULE, 1, BLOCK, ROW_RANDOM_BITS, False, ALIGNED, NATIVE, ROW_WANT_PACKED, True,
+                TILE_R, TILE_C)  # fmt: skip
+    turned = tl.trans(tile)
+    if COL_ROTATION > 0:
+        turned = rotate_tile(turned, signs, rotation_scale, COL_ROTATION, NATIVE, TILE_C, TILE_R)
+    encode_tile(turned, col_amax, tokens, features, col_packed, col_scale_bytes, col_operand, col_start,
+                row_start, num_cols, num_rows, 1, col_stride, col_key_0, col_key_1, microbatch, step,
+                COL_SCALE_RULE, 1, BLOCK, COL_RANDOM_BITS, True, ALIGNED, NATIVE, COL_WANT_PACKED, True,
+                TILE_C, TILE_R)  # fmt: skip
 
 
 @triton.jit
@@ -301,6 +416,7 @@ def launch(
     num_random_bits: int,
     want_packed: bool,
     want_operand: bool,
+    operand_out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Run the kernel on checked arguments; `tile` overrides `tile_of` (for measuring)."""
@@ -308,7 +424,7 @@ def launch(
     device = x.device
     signs, rotation, rotation_scale = rotation_of(sign_vector, device)
     tile = tile or tile_of(x, block_shape, rotation)
-    output = empty_output(x, block_shape, want_packed, want_operand)
+    output = empty_output(x, block_shape, want_packed, want_operand, operand_out)
     tokens, features, words = None, None, (0, 0, 0, 0)
     if noise is not None:
         tokens, features = (indices_of(runs, device) for runs in (noise.tokens, noise.features))
@@ -321,8 +437,52 @@ def launch(
         BLOCK_R=block_shape[0], BLOCK_C=block_shape[1], ROTATION=rotation,
         NUM_RANDOM_BITS=0 if noise is None else num_random_bits,
         TOKENS_ARE_COLS=noise is not None and noise.tokens_are_cols,
-        ALIGNED=noise is not None and noise.features_are_aligned,
+        ALIGNED=noise is not None and noise.features_are_aligned(num_random_bits), NATIVE=is_native(x),
         WANT_PACKED=want_packed, WANT_OPERAND=want_operand,
         TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return output
+
+
+def launch_both(
+    x: Tensor,
+    row_copy: Copy,
+    col_copy: Copy,
+    *,
+    block: int,
+    sign_vector: tuple[int, ...] | None,
+    tile: Tile | None = None,
+) -> tuple[KernelOutput, KernelOutput]:
+    """Run the two-copy kernel on checked arguments."""
+    num_rows, num_cols = x.shape
+    device = x.device
+    signs, rotation, rotation_scale = rotation_of(sign_vector, device)
+    if tile is None:
+        height = max(block, rotation)
+        tile = Tile(height, 256, max(1, height // 16))
+    outputs = (
+        empty_output(x, (1, block), row_copy.want_packed, True, row_copy.operand_out),
+        empty_output(x.t(), (1, block), col_copy.want_packed, True, col_copy.operand_out),
+    )
+    tokens, features, position, aligned = None, None, (0, 0), True
+    bits = tuple(0 if copy.noise is None else copy.num_random_bits for copy in (row_copy, col_copy))
+    for copy, num_bits in zip((row_copy, col_copy), bits, strict=True):
+        if copy.noise is not None:
+            tokens, features = (indices_of(r, device) for r in (copy.noise.tokens, copy.noise.features))
+            position = copy.noise.counter_words()[2:]
+            aligned = aligned and copy.noise.features_are_aligned(num_bits)
+    (row, col), keys = (
+        outputs,
+        [(0, 0) if copy.noise is None else copy.noise.counter_words()[:2] for copy in (row_copy, col_copy)],
+    )
+    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
+    _quantize_both_kernel[grid](
+        as_loadable(x), signs, tokens, features, row_copy.amax, *row.pointers(), row.operand_strides()[0],
+        *keys[0], col_copy.amax, *col.pointers(), col.operand_strides()[1], *keys[1], *position, num_rows,
+        num_cols, x.stride(0), rotation_scale, IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x),
+        ALIGNED=aligned, BLOCK=block, ROW_SCALE_RULE=row_copy.scale_rule, ROW_RANDOM_BITS=bits[0],
+        ROW_WANT_PACKED=row_copy.want_packed, COL_SCALE_RULE=col_copy.scale_rule, COL_RANDOM_BITS=bits[1],
+        COL_WANT_PACKED=col_copy.want_packed, COL_ROTATION=rotation, TILE_R=tile.rows, TILE_C=tile.cols,
+        num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return outputs

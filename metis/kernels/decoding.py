@@ -15,9 +15,9 @@ from torch import Tensor
 
 from metis.errors import ConfigError, ShapeError
 from metis.formats import FORMAT_BLOCK_SHAPES, TENSOR_SCALE_TARGET, as_float32
-from metis.kernels.arguments import INPUT_DTYPES, require_amax, require_device
+from metis.kernels.arguments import INPUT_DTYPES, is_native, require_amax, require_device
 from metis.kernels.blockwise import store_tile, times_blocks
-from metis.kernels.elementary import bf16_bits, e2m1_value, e4m3_value, e8m0_value
+from metis.kernels.elementary import e2m1_value, e4m3_value, e8m0_value, exact_bf16_bits, round_to_bf16
 
 _FORMATS = ("nvfp4", "mxfp4")
 _TILE_ROWS, _TILE_COLS, _NUM_WARPS = 16, 256, 4
@@ -34,6 +34,7 @@ def _decode_kernel(
     reciprocal_target,
     HAS_AMAX: tl.constexpr,
     IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
     IS_E8M0: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -55,7 +56,7 @@ def _decode_kernel(
         factor = (factor * tl.load(amax)) * reciprocal_target
     decoded = times_blocks(e2m1_value(code), factor, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
     if IS_BF16:
-        decoded = (bf16_bits(decoded) >> 16).to(tl.int16)
+        decoded = exact_bf16_bits(round_to_bf16(decoded, NATIVE))
     store_tile(out, decoded, row_start, col_start, num_rows, num_cols, num_cols, 1, TILE_R, TILE_C)
 
 
@@ -126,10 +127,9 @@ def _launch(
     grid = (triton.cdiv(num_rows, _TILE_ROWS) * triton.cdiv(num_cols, _TILE_COLS),)
     _decode_kernel[grid](
         packed, scale_bytes, amax, out.view(torch.int16) if is_bf16 else out, num_rows, num_cols,
-        as_float32(1 / scale_target),
-        HAS_AMAX=amax is not None, IS_BF16=is_bf16, IS_E8M0=format == "mxfp4", BLOCK_R=block_shape[0],
-        BLOCK_C=block_shape[1], TILE_R=_TILE_ROWS, TILE_C=_TILE_COLS, num_warps=_NUM_WARPS,
-        enable_fp_fusion=False,
+        as_float32(1 / scale_target), HAS_AMAX=amax is not None, IS_BF16=is_bf16, NATIVE=is_native(packed),
+        IS_E8M0=format == "mxfp4", BLOCK_R=block_shape[0], BLOCK_C=block_shape[1], TILE_R=_TILE_ROWS,
+        TILE_C=_TILE_COLS, num_warps=_NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

@@ -60,12 +60,19 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def bf16_bits(x):
-    """Round fp32 to bf16, nearest even; returns int32 whose upper half is the bf16 number."""
-    bits = x.to(tl.int32, bitcast=True)
-    odd = (bits >> 16) & 1
-    rounded = tl.add(bits, odd + 0x7FFF, sanitize_overflow=False)
-    return tl.where(x == x, rounded, QUIET_NAN_BITS) & -65536
+def round_to_bf16(x, NATIVE: tl.constexpr):
+    """Round fp32 to bf16, nearest even; returns the bf16 number as fp32. NATIVE: on a GPU."""
+    if NATIVE:
+        # Two at a time: converting one takes a slow instruction.
+        halves = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.int16,
+                                           is_pure=True, pack=2)  # fmt: skip
+        number = (halves.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        odd = (bits >> 16) & 1
+        rounded = tl.add(bits, odd + 0x7FFF, sanitize_overflow=False)
+        number = (tl.where(x == x, rounded, QUIET_NAN_BITS) & -65536).to(tl.float32, bitcast=True)
+    return number
 
 
 @triton.jit
@@ -81,29 +88,53 @@ def power_of_two_bits(x):
 
 
 @triton.jit
-def round_to_e2m1(y, random_integer, NUM_RANDOM_BITS: tl.constexpr):
+def add_toward_zero(a, b, NATIVE: tl.constexpr):
+    """Return fp32 a + b >= 0 cut off instead of rounded; b is 0 or above a. NATIVE: on a GPU."""
+    if NATIVE:
+        total = tl.inline_asm_elementwise("add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32,
+                                          is_pure=True, pack=1)  # fmt: skip
+    else:
+        total = a + b
+        too_far = (total - b > a).to(tl.int32)  # exact: b is the larger one, or nothing was rounded
+        total = (total.to(tl.int32, bitcast=True) - too_far).to(tl.float32, bitcast=True)
+    return total
+
+
+@triton.jit
+def round_to_e2m1(y, random_integer, NUM_RANDOM_BITS: tl.constexpr, NATIVE: tl.constexpr):
     """Round fp32 onto E2M1: nearest even for NUM_RANDOM_BITS = 0, else stochastically.
 
     Returns (magnitude fp32, its code 0..7 int32). Twin of `metis.rounding.round_to_e2m1_rne` and
     `_stochastic` but for NaN, which gives 6: what comes of it is decided per block.
 
-    Stochastic: `floor(2^b |y| / step) + k` in fixed point carries into the next multiple of the step with
-    probability `floor(2^b f) / 2^b`.
+    Stochastic: the random integer is added below the last bit that the grid keeps and carries into it with
+    probability `floor(2^b f) / 2^b`. With up to 16 bits that is done on the bits of an fp32 number in [1, 8):
+    the magnitude itself, or 1 more than it where it is below 1, cut off at 2^-23 (the grid step is 2^-1, so
+    no bit of `floor(2^16 f)` is lost). With 24 bits it takes fixed point.
     """
     magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
-    power = power_of_two_bits(tl.maximum(magnitude, 1.0))
     if NUM_RANDOM_BITS == 0:
+        power = power_of_two_bits(tl.maximum(magnitude, 1.0))
         magic = power.to(tl.float32, bitcast=True) * E2M1_MAGIC
         shifted = magnitude + magic
         value = shifted - magic
-        multiple = shifted.to(tl.int32, bitcast=True) & 0xF
+        # Two codes further for each doubling of the step.
+        code = (shifted.to(tl.int32, bitcast=True) & 0xF) + ((power >> 22) - 254)
+    elif NUM_RANDOM_BITS <= 16:
+        offset = tl.where(magnitude < 1.0, 1.0, 0.0)
+        bits = add_toward_zero(magnitude, offset, NATIVE).to(tl.int32, bitcast=True)
+        bits = (bits + (random_integer << (22 - NUM_RANDOM_BITS))) & -0x400000
+        value = bits.to(tl.float32, bitcast=True) - offset
+        code = (bits >> 22) - tl.where(magnitude < 1.0, 254, 252)
     else:
+        power = power_of_two_bits(tl.maximum(magnitude, 1.0))
         # The exponent field 255 - e of 2 / power: exponents of power and of its inverse add up to 254.
         inverse_step = (power ^ EXPONENT_BITS).to(tl.float32, bitcast=True)
         fixed = (magnitude * inverse_step * (2.0**NUM_RANDOM_BITS)).to(tl.int32)
         multiple = (fixed + random_integer) >> NUM_RANDOM_BITS
         value = multiple.to(tl.float32) * (power.to(tl.float32, bitcast=True) * 0.5)
-    return value, multiple + ((power >> 22) - 254)  # two codes further for each doubling of the step
+        code = multiple + ((power >> 22) - 254)
+    return value, code
 
 
 @triton.jit
@@ -208,13 +239,15 @@ def random_integers(
     """Return random integers of a tile, int32 [TILE_R, TILE_C] in [0, 2^b), of `metis.rng.random_words`.
 
     tokens, features: int32 logical index of every local row and column (columns and rows when
-    TOKENS_ARE_COLS). ALIGNED: four neighbouring features share a call, which then gives all four words.
-    b = 24: the top bits of a word; b = 8: its lowest byte.
+    TOKENS_ARE_COLS). ALIGNED: features that share a call lie side by side, and it gives all of them.
+    b = 24: the top bits of a 32-bit word, four to a call; b = 16: eight to a call, b = 8: sixteen.
     """
     k0 = key_0.to(tl.uint32, bitcast=True)
     k1 = key_1.to(tl.uint32, bitcast=True)
     c2 = microbatch.to(tl.uint32, bitcast=True)
     c3 = step.to(tl.uint32, bitcast=True)
+    WIDTH: tl.constexpr = 32 if NUM_RANDOM_BITS == 24 else NUM_RANDOM_BITS
+    PER_CALL: tl.constexpr = 128 // WIDTH
     if TOKENS_ARE_COLS:
         TOKENS: tl.constexpr = TILE_C
         FEATURES: tl.constexpr = TILE_R
@@ -224,36 +257,52 @@ def random_integers(
         FEATURES: tl.constexpr = TILE_C
         token_start, feature_start, num_tokens, num_features = row_start, col_start, num_rows, num_cols
     token_at = token_start + tl.arange(0, TOKENS)
-    token = tl.load(tokens + token_at, mask=token_at < num_tokens, other=0)
+    token = tl.load(tokens + token_at, mask=token_at < num_tokens, other=0).to(tl.uint32)
     if ALIGNED:
-        feature_at = feature_start + tl.arange(0, FEATURES // 4) * 4
+        feature_at = feature_start + tl.arange(0, FEATURES // PER_CALL) * PER_CALL
         feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0)
-        block = (feature >> 2).to(tl.uint32)
-        token = token.to(tl.uint32)
+        call = feature.to(tl.uint32) // PER_CALL
         if TOKENS_ARE_COLS:
-            w0, w1, w2, w3 = philox4x32(block[:, None], token[None, :], c2, c3, k0, k1)
-            words = tl.permute(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (0, 2, 3, 1))
+            w0, w1, w2, w3 = philox4x32(call[:, None], token[None, :], c2, c3, k0, k1)
         else:
-            w0, w1, w2, w3 = philox4x32(block[None, :], token[:, None], c2, c3, k0, k1)
-            words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+            w0, w1, w2, w3 = philox4x32(call[None, :], token[:, None], c2, c3, k0, k1)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        if WIDTH == 16:
+            words = tl.join(words & 0xFFFF, words >> 16)
+        if WIDTH == 8:
+            words = tl.join(tl.join(words & 0xFF, (words >> 16) & 0xFF),
+                            tl.join((words >> 8) & 0xFF, words >> 24))  # fmt: skip
+        if TOKENS_ARE_COLS:
+            if WIDTH == 32:
+                words = tl.permute(words, (0, 2, 3, 1))
+            elif WIDTH == 16:
+                words = tl.permute(words, (0, 2, 3, 4, 1))
+            else:
+                words = tl.permute(words, (0, 2, 3, 4, 5, 1))
         word = tl.reshape(words, [TILE_R, TILE_C])
     else:
         feature_at = feature_start + tl.arange(0, FEATURES)
-        feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0)
+        feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0).to(tl.uint32)
         if TOKENS_ARE_COLS:
             feature, token = feature[:, None], token[None, :]
         else:
             feature, token = feature[None, :], token[:, None]
-        w0, w1, w2, w3 = philox4x32((feature >> 2).to(tl.uint32), token.to(tl.uint32), c2, c3, k0, k1)
-        place = feature & 3
+        w0, w1, w2, w3 = philox4x32(feature // PER_CALL, token, c2, c3, k0, k1)
+        piece = feature % PER_CALL
+        PER_WORD: tl.constexpr = 32 // WIDTH
+        place = piece // PER_WORD
         word = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
-    if NUM_RANDOM_BITS == 8:
-        return (word & 0xFF).to(tl.int32)
-    return (word >> 8).to(tl.int32)
+        if WIDTH < 32:
+            word = (word >> ((piece % PER_WORD) * WIDTH)) & ((1 << WIDTH) - 1)
+    if NUM_RANDOM_BITS == 24:
+        word = word >> 8
+    return word.to(tl.int32)
 
 
 @triton.jit
-def rotate_tile(x, signs, scale, SIZE: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+def rotate_tile(
+    x, signs, scale, SIZE: tl.constexpr, NATIVE: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr
+):
     """Rotate every SIZE columns of an fp32 tile: signs, butterflies of stride 1, 2, 4 ..., scale, to bf16.
 
     Returns the bf16 numbers as fp32 [TILE_R, TILE_C]. Twin of `metis.quantize.random_hadamard`.
@@ -265,4 +314,4 @@ def rotate_tile(x, signs, scale, SIZE: tl.constexpr, TILE_R: tl.constexpr, TILE_
             first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
             pairs = tl.join(first + second, first - second)
             x = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), [TILE_R, TILE_C])
-    return bf16_bits(x * scale).to(tl.float32, bitcast=True)
+    return round_to_bf16(x * scale, NATIVE)

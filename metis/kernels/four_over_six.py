@@ -91,7 +91,7 @@ def _candidate(
     raw = tl.minimum(base * STRETCH, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     scale = round_to_e4m3(raw)
     y = times_blocks(x, block_encode_scale(scale, tensor_decode), BLOCK_R, 16, TILE_R, TILE_C)
-    value, code = round_to_e2m1(y, 0, 0)
+    value, code = round_to_e2m1(y, 0, 0, False)
     signed = (value.to(tl.int32, bitcast=True) | sign_bits(y)).to(tl.float32, bitcast=True)
     decoded = times_blocks(signed, scale, BLOCK_R, 16, TILE_R, TILE_C) * amax
     error = _block_error(tl.div_rn(decoded, _TARGET) - x, SQUARED, BLOCK_R, TILE_R, TILE_C)
@@ -123,7 +123,7 @@ def _four_over_six_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, None, 1.0, row_start, col_start, num_rows, num_cols, stride_r, stride_c, IS_BF16, 0,
-                     TILE_R, TILE_C)  # fmt: skip
+                     False, TILE_R, TILE_C)  # fmt: skip
     amax_value = tl.load(amax)
     tensor_encode, tensor_decode = tensor_scales(amax_value, _TARGET)
     base = tl.div_rn(block_amax(tile, BLOCK_R, 16, TILE_R, TILE_C), E2M1_MAX) * tensor_encode
@@ -149,11 +149,12 @@ def launch_four_over_six(
     error: str,
     want_packed: bool,
     want_operand: bool,
+    operand_out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Run the kernel on checked arguments; the decoded number is `e2m1 * scale * amax / 1536`."""
     tile = tile or tile_of(x, block_shape, 0)
-    output = empty_output(x, block_shape, want_packed, want_operand)
+    output = empty_output(x, block_shape, want_packed, want_operand, operand_out)
     grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols),)
     _four_over_six_kernel[grid](
         as_loadable(x), amax, *output.pointers(), *x.shape, *x.stride(), *output.operand_strides(),

@@ -15,7 +15,7 @@ from metis.kernels.arguments import (
 )
 from metis.kernels.blockwise import MXFP4_EVEN, MXFP4_STANDARD, MXFP4_UP, Tile, launch
 
-_SCALE_RULES = {"standard": MXFP4_STANDARD, "even": MXFP4_EVEN, "up": MXFP4_UP}
+SCALE_RULES = {"standard": MXFP4_STANDARD, "even": MXFP4_EVEN, "up": MXFP4_UP}
 _BLOCK_SHAPE = (1, MXFP4_BLOCK_SIZE)
 
 
@@ -24,11 +24,12 @@ def quantize_mxfp4(
     *,
     rounding: str = "rne",
     noise: KernelNoise | None = None,
-    num_random_bits: int = 24,
+    num_random_bits: int = 16,
     scale_rounding: str = "standard",
     sign_vector: tuple[int, ...] | None = None,
     want_packed: bool = False,
     want_operand: bool = True,
+    operand_out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Quantise a matrix by the formulas of `metis.quantize.mxfp4`, bit for bit; there is no tensor scale.
@@ -38,7 +39,7 @@ def quantize_mxfp4(
 
     Raises ShapeError and ConfigError as the oracle does, and ConfigError where kernels cannot run.
     """
-    if scale_rounding not in _SCALE_RULES:
+    if scale_rounding not in SCALE_RULES:
         raise ConfigError(
             "scale_rounding", f"must be 'standard', 'even' or 'up', received {scale_rounding!r}"
         )
@@ -46,7 +47,7 @@ def quantize_mxfp4(
     require_rounding("quantize_mxfp4", x, rounding, noise, num_random_bits)
     require_outputs("quantize_mxfp4", want_packed, want_operand)
     return launch(
-        x, None, scale_rule=_SCALE_RULES[scale_rounding], block_shape=_BLOCK_SHAPE, sign_vector=sign_vector,
+        x, None, scale_rule=SCALE_RULES[scale_rounding], block_shape=_BLOCK_SHAPE, sign_vector=sign_vector,
         noise=noise, num_random_bits=num_random_bits, want_packed=want_packed, want_operand=want_operand,
-        tile=tile,
+        operand_out=operand_out, tile=tile,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from metis.kernels.arguments import (
 from metis.kernels.blockwise import NVFP4_STANDARD, NVFP4_UP, Tile, launch
 from metis.kernels.four_over_six import launch_four_over_six
 
-_SCALE_RULES = {"standard": NVFP4_STANDARD, "up": NVFP4_UP}
+SCALE_RULES = {"standard": NVFP4_STANDARD, "up": NVFP4_UP}
 
 
 def quantize_nvfp4(
@@ -27,22 +27,24 @@ def quantize_nvfp4(
     block_shape: tuple[int, int] = (1, 16),
     rounding: str = "rne",
     noise: KernelNoise | None = None,
-    num_random_bits: int = 24,
+    num_random_bits: int = 16,
     scale_rounding: str = "standard",
     four_over_six: str | None = None,
     sign_vector: tuple[int, ...] | None = None,
     want_packed: bool = False,
     want_operand: bool = True,
+    operand_out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Quantise a matrix by the formulas of `metis.quantize.nvfp4`, bit for bit.
 
     x: [R, C] fp32, bf16 or fp16, any strides; C, and R too for (16, 16) blocks, a multiple of 16, C also of
     the rotation's size. amax: fp32 0-dim on the device of x, `kernels.amax(x, sign_vector)` reduced over
-    shards; never read by the host. rounding "stochastic" takes its words from `noise`, b = 8 or 24 bits of
-    each. sign_vector: rotate first (`metis.quantize.random_hadamard` with these signs; 16, 32, 64 or 128).
+    shards; never read by the host. rounding "stochastic" takes its words from `noise`, b = 8, 16 or 24 bits
+    of each. sign_vector: rotate first (`metis.quantize.random_hadamard` with these signs; 16, 32, 64 or 128).
     four_over_six: "mae" or "mse", as the oracle; with rounding "rne", scales "standard" and no rotation only.
-    want_packed, want_operand: which outputs are written, at least one. tile: for measuring; None chooses.
+    want_packed, want_operand: which outputs are written, at least one. operand_out: bf16 [R, C] of any
+    strides for the operand, None: a new tensor. tile: for measuring; None chooses.
 
     Raises ShapeError and ConfigError as the oracle does, and ConfigError where kernels cannot run.
     """
@@ -51,7 +53,7 @@ def quantize_nvfp4(
         raise ShapeError(
             "block_shape", f"must be one of {FORMAT_BLOCK_SHAPES['nvfp4']}, received {block_shape}"
         )
-    if scale_rounding not in _SCALE_RULES:
+    if scale_rounding not in SCALE_RULES:
         raise ConfigError("scale_rounding", f"must be 'standard' or 'up', received {scale_rounding!r}")
     require_matrix("quantize_nvfp4", x, block_shape, sign_vector)
     require_rounding("quantize_nvfp4", x, rounding, noise, num_random_bits)
@@ -61,12 +63,12 @@ def quantize_nvfp4(
         _require_plain(rounding, scale_rounding, sign_vector, four_over_six)
         return launch_four_over_six(
             x, amax, block_shape=block_shape, error=four_over_six, want_packed=want_packed,
-            want_operand=want_operand, tile=tile,
+            want_operand=want_operand, operand_out=operand_out, tile=tile,
         )  # fmt: skip
     return launch(
-        x, amax, scale_rule=_SCALE_RULES[scale_rounding], block_shape=block_shape, sign_vector=sign_vector,
+        x, amax, scale_rule=SCALE_RULES[scale_rounding], block_shape=block_shape, sign_vector=sign_vector,
         noise=noise, num_random_bits=num_random_bits, want_packed=want_packed, want_operand=want_operand,
-        tile=tile,
+        operand_out=operand_out, tile=tile,
     )  # fmt: skip
 
 

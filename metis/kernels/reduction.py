@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metis.kernels.arguments import as_loadable, is_column_major, require_matrix, rotation_of
+from metis.errors import ShapeError
+from metis.kernels.arguments import as_loadable, is_column_major, is_native, require_matrix, rotation_of
 from metis.kernels.blockwise import Tile, load_tile, tile_of
-from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, magnitude_bits
+from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, magnitude_bits, rotate_tile
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_UNDER_INTERPRETER = 3
@@ -32,6 +33,7 @@ def _amax_kernel(
     num_tiles,
     IS_BF16: tl.constexpr,
     ROTATION: tl.constexpr,
+    NATIVE: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -42,18 +44,82 @@ def _amax_kernel(
         row_start = (index // tiles_per_row) * TILE_R
         col_start = (index % tiles_per_row) * TILE_C
         tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r,
-                         stride_c, IS_BF16, ROTATION, TILE_R, TILE_C)  # fmt: skip
+                         stride_c, IS_BF16, ROTATION, NATIVE, TILE_R, TILE_C)  # fmt: skip
         largest = tl.maximum(largest, magnitude_bits(tile))
         index += tl.num_programs(0)
     result = tl.max(tl.max(largest, axis=1), axis=0)
     tl.atomic_max(out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
 
 
-def amax(x: Tensor, sign_vector: tuple[int, ...] | None = None, tile: Tile | None = None) -> Tensor:
+@triton.jit
+def _amax_both_kernel(
+    x,
+    signs,
+    plain_out,
+    turned_out,
+    num_rows,
+    num_cols,
+    stride_r,
+    rotation_scale,
+    num_tiles,
+    IS_BF16: tl.constexpr,
+    ROTATION: tl.constexpr,
+    NATIVE: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    tiles_per_row = tl.cdiv(num_cols, TILE_C)
+    plain = tl.zeros([TILE_R, TILE_C], dtype=tl.int32)
+    turned = tl.zeros([TILE_C, TILE_R], dtype=tl.int32)
+    index = tl.program_id(0)
+    while index < num_tiles:
+        row_start = (index // tiles_per_row) * TILE_R
+        col_start = (index % tiles_per_row) * TILE_C
+        tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, 1,
+                         IS_BF16, 0, NATIVE, TILE_R, TILE_C)  # fmt: skip
+        plain = tl.maximum(plain, magnitude_bits(tile))
+        rotated = rotate_tile(tl.trans(tile), signs, rotation_scale, ROTATION, NATIVE, TILE_C, TILE_R)
+        turned = tl.maximum(turned, magnitude_bits(rotated))
+        index += tl.num_programs(0)
+    result = tl.max(tl.max(plain, axis=1), axis=0)
+    tl.atomic_max(plain_out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+    result = tl.max(tl.max(turned, axis=1), axis=0)
+    tl.atomic_max(turned_out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+
+
+def amax_both(x: Tensor, sign_vector: tuple[int, ...], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return `amax(x)` and `amax(x.t(), sign_vector)` from one read.
+
+    x: [R, C] fp32, bf16 or fp16, contiguous along C, R a multiple of the rotation's size. out: as `amax`,
+    two.
+    """
+    require_matrix("amax_both", x.t(), (1, 1), sign_vector)
+    if x.stride(1) != 1:
+        raise ShapeError("amax_both", f"needs a row-major matrix, received strides {x.stride()}")
+    signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
+    tile = Tile(rotation, 256, rotation // 16)
+    num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
+    out = torch.zeros(2, dtype=torch.float32, device=x.device) if out is None else out
+    bits = out.view(torch.int32)
+    _amax_both_kernel[(min(num_tiles, 2 * _max_programs(x.device)),)](
+        as_loadable(x), signs, bits[0], bits[1], *x.shape, x.stride(0), rotation_scale, num_tiles,
+        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x), TILE_R=tile.rows,
+        TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out[0], out[1]
+
+
+def amax(
+    x: Tensor,
+    sign_vector: tuple[int, ...] | None = None,
+    tile: Tile | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Return `max |x|`, or of the rotated and bf16-rounded matrix, as fp32 0-dim; NaN propagates.
 
     x: [R, C] fp32, bf16 or fp16, any strides. sign_vector: rotate along C first, see `quantize_nvfp4`. tile:
-    for measuring; None chooses. A NaN result has the bits 0x7FC00000.
+    for measuring; None chooses. out: fp32 0-dim that holds zero (or an amax to be raised), None: a new one. A
+    NaN result has the bits 0x7FC00000.
     """
     require_matrix("amax", x, (1, 1), sign_vector)
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
@@ -64,13 +130,13 @@ def amax(x: Tensor, sign_vector: tuple[int, ...] | None = None, tile: Tile | Non
     if tile is None:
         tile = Tile(1, 4096, 4) if x.shape[0] == 1 and rotation == 0 else tile_of(x, (1, 1), rotation)
     num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
-    out = torch.zeros((), dtype=torch.int32, device=x.device)
+    out = torch.zeros((), dtype=torch.float32, device=x.device) if out is None else out
     _amax_kernel[(min(num_tiles, _max_programs(x.device)),)](
-        as_loadable(x), signs, out, *x.shape, *x.stride(), rotation_scale, num_tiles,
-        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, TILE_R=tile.rows, TILE_C=tile.cols,
-        num_warps=tile.num_warps, enable_fp_fusion=False,
+        as_loadable(x), signs, out.view(torch.int32), *x.shape, *x.stride(), rotation_scale, num_tiles,
+        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x),
+        TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return out.view(torch.float32)
+    return out
 
 
 def _max_programs(device: torch.device) -> int:

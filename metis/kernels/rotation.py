@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metis.kernels.arguments import as_loadable, empty_operand, require_matrix, rotation_of
+from metis.kernels.arguments import as_loadable, empty_operand, is_native, require_matrix, rotation_of
 from metis.kernels.blockwise import Tile, load_tile, store_tile, tile_of
 from metis.kernels.elementary import exact_bf16_bits
 
@@ -29,6 +29,7 @@ def _rotate_kernel(
     rotation_scale,
     IS_BF16: tl.constexpr,
     ROTATION: tl.constexpr,
+    NATIVE: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -36,7 +37,7 @@ def _rotate_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
-                     IS_BF16, ROTATION, TILE_R, TILE_C)  # fmt: skip
+                     IS_BF16, ROTATION, NATIVE, TILE_R, TILE_C)  # fmt: skip
     store_tile(out, exact_bf16_bits(tile), row_start, col_start, num_rows, num_cols, out_stride_r,
                out_stride_c, TILE_R, TILE_C)  # fmt: skip
 
@@ -54,7 +55,7 @@ def rotate(x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None = None) ->
     grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols),)
     _rotate_kernel[grid](
         as_loadable(x), signs, out.view(torch.int16), *x.shape, *x.stride(), *out.stride(), rotation_scale,
-        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, TILE_R=tile.rows, TILE_C=tile.cols,
-        num_warps=tile.num_warps, enable_fp_fusion=False,
+        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x),
+        TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

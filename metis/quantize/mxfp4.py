@@ -40,7 +40,7 @@ def quantize_mxfp4(
     *,
     rounding: Rounding = "rne",
     noise_words: Tensor | None = None,
-    num_random_bits: int = 24,
+    num_random_bits: int = 16,
     scale_rounding: E8m0Rounding = "standard",
 ) -> QuantizedTensor:
     """Quantise a matrix to MXFP4, blocks of 32 along the last axis, by the formulas of this module.

@@ -75,7 +75,7 @@ def reference_e2m1_stochastic(y: float, word: int, num_random_bits: int) -> int:
     code = max(c for c, grid in enumerate(E2M1_MAGNITUDES) if grid <= magnitude)
     lower, upper = Fraction(E2M1_MAGNITUDES[code]), Fraction(E2M1_MAGNITUDES[code + 1])
     rest = (Fraction(magnitude) - lower) / (upper - lower)
-    integer = word % 256 if num_random_bits == 8 else word // 2 ** (32 - num_random_bits)
+    integer = word // 2**8 if num_random_bits == 24 else word % 2**num_random_bits
     goes_up = integer + math.floor(rest * 2**num_random_bits) >= 2**num_random_bits
     return code + int(goes_up) + sign
 
@@ -110,7 +110,7 @@ def reference_quantize(
     block_shape: tuple[int, int],
     amax: np.float32 | None = None,
     noise_words: np.ndarray | None = None,
-    num_random_bits: int = 24,
+    num_random_bits: int = 16,
     four_over_six: str | None = None,
     scale_rounding: str = "standard",
 ) -> ReferenceQuantized:

@@ -99,7 +99,7 @@ def reference_quantize_mxfp4(
     x: np.ndarray,
     scale_rounding: str = "standard",
     noise_words: np.ndarray | None = None,
-    num_random_bits: int = 24,
+    num_random_bits: int = 16,
 ) -> ReferenceBlocks:
     """Quantise an fp32 array [R, C] to MXFP4; arguments as `mxfp4.quantize_mxfp4`."""
     codes = np.zeros(x.shape, dtype=np.uint8)
@@ -186,7 +186,7 @@ def _stochastic_codes(y: np.ndarray, words: np.ndarray, num_random_bits: int) ->
         code = int(np.searchsorted(values, magnitude, side="right")) - 1
         lower, upper = Fraction(values[code]), Fraction(values[code + 1])
         rest = (Fraction(magnitude) - lower) / (upper - lower)
-        integer = word % 256 if num_random_bits == 8 else word // 2 ** (32 - num_random_bits)
+        integer = word // 2**8 if num_random_bits == 24 else word % 2**num_random_bits
         codes[index] = code + (integer + math.floor(rest * 2**num_random_bits) >= 2**num_random_bits)
     return codes
 

@@ -1,10 +1,10 @@
-"""Triton kernels against their torch oracles, bit by bit, and how fast they are.
+"""Triton kernels against their torch oracles, bit by bit; tools/benchmark/kernels.py says how fast they are.
 
 The oracle is `metis.quantize` on the CPU for the same tensors. On a GPU: `python tests/gpu/kernel_bits.py`.
 On a CPU the same comparisons run under Triton's interpreter at a size it can bear:
 `TRITON_INTERPRET=1 python tests/gpu/kernel_bits.py --device cpu`; tests/numerics/test_kernels.py does that.
 
-Prints one line per group, one table of times on a GPU, and ends with a JSON object; the exit status is 1 when
+Prints one line per group and ends with a JSON object; the exit status is 1 when
 anything differs. NaNs of floating-point outputs are compared as NaNs (their payloads differ between devices);
 codes and scale bytes never are.
 """
@@ -25,8 +25,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from _kernel_times import sweep, table, timings
-
 from metis import kernels
 from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
 from metis.quantize import (
@@ -37,7 +35,7 @@ from metis.quantize import (
     seeded_sign_vector,
     tensor_amax,
 )
-from metis.rng import NoisePosition, random_words, stream_key
+from metis.rng import WORD_BITS_FOR, NoisePosition, random_words, stream_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEY = stream_key(7, "decoder.layers.3.mlp.linear_fc1", "wgrad_grad_output")
@@ -196,7 +194,7 @@ def check_four_over_six(ledger: Ledger) -> None:
 def check_mxfp4(ledger: Ledger) -> None:
     """Every scale rule on every input, and stochastic rounding."""
     cols = ledger.cols // 32 * 32
-    words = random_words(KEY, POSITION, torch.arange(ledger.rows), torch.arange(cols))
+    words = random_words(KEY, POSITION, torch.arange(ledger.rows), torch.arange(cols), 16)
     for name, x32 in inputs(ledger.rows, cols):
         for dtype in DTYPES[:2]:
             x = x32.to(dtype)
@@ -224,19 +222,20 @@ def whole_noise(tokens: int, features: int, tokens_are_cols: bool = False) -> ke
 
 
 def check_stochastic(ledger: Ledger) -> None:
-    """Stochastic rounding with 24 and 8 bits on every input, in both block shapes."""
-    words = random_words(KEY, POSITION, torch.arange(ledger.rows), torch.arange(ledger.cols))
+    """Stochastic rounding with 24, 16 and 8 bits on every input, in both block shapes."""
+    indices = torch.arange(ledger.rows), torch.arange(ledger.cols)
+    words = {bits: random_words(KEY, POSITION, *indices, width) for bits, width in WORD_BITS_FOR.items()}
     noise = whole_noise(ledger.rows, ledger.cols)
     for name, x32 in inputs(ledger.rows, ledger.cols):
         for dtype in DTYPES[:2]:
             x = x32.to(dtype)
             amax = ledger.put(tensor_amax(x))
-            for bits, block_shape in ((24, (1, 16)), (8, (1, 16)), (24, (16, 16))):
+            for bits, block_shape in ((24, (1, 16)), (8, (1, 16)), (16, (1, 16)), (16, (16, 16))):
                 options = {"block_shape": block_shape, "rounding": "stochastic", "num_random_bits": bits}
                 ledger.output(
                     f"{name} {dtype} {block_shape} {bits} bits",
                     kernels.quantize_nvfp4(ledger.put(x), amax, noise=noise, want_packed=True, **options),
-                    quantize(x, noise_words=words, **options),
+                    quantize(x, noise_words=words[bits], **options),
                 )
 
 
@@ -267,7 +266,7 @@ def check_shards(ledger: Ledger) -> None:
     """A piece of a matrix gives the bits that the whole gives there, from its logical indices alone."""
     rows, cols = 64, 96
     whole = list(inputs(rows, cols))[1][1]
-    words = random_words(KEY, POSITION, torch.arange(rows), torch.arange(cols))
+    words = random_words(KEY, POSITION, torch.arange(rows), torch.arange(cols), 16)
     expected = quantize(whole, block_shape=(1, 16), rounding="stochastic", noise_words=words)
     amax = ledger.put(expected.amax)
     pieces = {
@@ -299,7 +298,7 @@ def check_shards(ledger: Ledger) -> None:
                 ),
                 quantize(
                     x, block_shape=(1, 16), rounding="stochastic", amax=expected.amax,
-                    noise_words=random_words(KEY, POSITION, token, feature).t(),
+                    noise_words=random_words(KEY, POSITION, token, feature, 16).t(),
                 ),
             )  # fmt: skip
     ledger.same(
@@ -313,7 +312,7 @@ def check_shards(ledger: Ledger) -> None:
         quantize(
             whole[:, :32], block_shape=(1, 16), rounding="stochastic", amax=expected.amax,
             noise_words=random_words(
-                KEY, POSITION, torch.arange(5, 69), torch.cat([torch.arange(7, 27), torch.arange(50, 62)])
+                KEY, POSITION, torch.arange(5, 69), torch.cat([torch.arange(7, 27), torch.arange(50, 62)]), 16
             ),
         ).operand(torch.bfloat16),
     )  # fmt: skip
@@ -341,7 +340,7 @@ def check_rotation(ledger: Ledger) -> None:
                     kernels.quantize_nvfp4(on_device, amax, sign_vector=signs, want_packed=True),
                     quantize(rotated, block_shape=(1, 16)),
                 )
-        words = random_words(KEY, POSITION, torch.arange(x.shape[1]), torch.arange(x.shape[0])).t()
+        words = random_words(KEY, POSITION, torch.arange(x.shape[1]), torch.arange(x.shape[0]), 16).t()
         ledger.output(
             f"{label} stochastic",
             kernels.quantize_nvfp4(
@@ -356,6 +355,53 @@ def check_rotation(ledger: Ledger) -> None:
         kernels.quantize_mxfp4(ledger.put(x), sign_vector=RHT_SIGN_VECTOR, want_packed=True),
         quantize_mxfp4(random_hadamard(x)),
     )
+
+
+def check_both(ledger: Ledger) -> None:
+    """Two copies from one read are the two copies made apart, into given places too."""
+    rows, cols = ledger.rows // 128 * 128 or 128, ledger.cols // 32 * 32
+    noise = whole_noise(rows, cols), whole_noise(rows, cols, tokens_are_cols=True)
+    for name, x32 in list(inputs(rows, cols))[1::4]:
+        for dtype in DTYPES[:2]:
+            x = ledger.put(x32.to(dtype))
+            for size in (0, 16, 128) if name == "heavy tails" else (16,):
+                signs = None
+                if size:
+                    signs = RHT_SIGN_VECTOR if size == 16 else seeded_sign_vector(11, size)
+                amaxes = kernels.amax(x), kernels.amax(x.t(), signs)
+                if signs is not None:
+                    for which, amax in zip(("plain", "turned"), kernels.amax_both(x, signs), strict=True):
+                        ledger.same(
+                            f"amax {which} {name} {dtype} {size}", amax, amaxes[which == "turned"].cpu()
+                        )
+                for bits in (0, 16, 24, 8) if name == "heavy tails" else (0, 16):
+                    wide = torch.full((rows, cols + 32), 9.0, dtype=torch.bfloat16, device=x.device)
+                    options = [
+                        {"amax": amax}
+                        | ({"rounding": "stochastic", "noise": n, "num_random_bits": bits} if bits else {})
+                        for amax, n in zip(amaxes, noise, strict=True)
+                    ]
+                    both = kernels.quantize_both(
+                        x, kernels.CopyRequest(**options[0], operand_out=wide[:, :cols]),
+                        kernels.CopyRequest(**options[1], want_packed=True), sign_vector=signs,
+                    )  # fmt: skip
+                    label = f"{name} {dtype} {size} {bits}"
+                    alone = kernels.quantize_nvfp4(x, **options[0])
+                    turned = kernels.quantize_nvfp4(x.t(), **options[1], sign_vector=signs, want_packed=True)
+                    ledger.same(f"rows {label}", both[0].operand, alone.operand.cpu())
+                    ledger.same(
+                        f"beside {label}", wide[:, cols:], torch.full((rows, 32), 9.0, dtype=torch.bfloat16)
+                    )
+                    ledger.same(f"cols {label}", both[1].operand, turned.operand.cpu())
+                    ledger.same(f"codes {label}", both[1].packed, turned.packed.cpu())
+                    ledger.same(f"scales {label}", both[1].scale_bytes, turned.scale_bytes.cpu())
+            both = kernels.quantize_both(x, kernels.CopyRequest(), kernels.CopyRequest(), format="mxfp4")
+            ledger.same(
+                f"mxfp4 rows {name} {dtype}", both[0].operand, kernels.quantize_mxfp4(x).operand.cpu()
+            )
+            ledger.same(
+                f"mxfp4 cols {name} {dtype}", both[1].operand, kernels.quantize_mxfp4(x.t()).operand.cpu()
+            )
 
 
 def check_decoding(ledger: Ledger) -> None:
@@ -448,6 +494,7 @@ GROUPS: dict[str, Callable[[Ledger], None]] = {
     "memory orders": check_memory_orders,
     "shards": check_shards,
     "rotation": check_rotation,
+    "both": check_both,
     "decoding": check_decoding,
     "large": check_large,
 }
@@ -459,8 +506,6 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=None, help="of the compared matrices")
     parser.add_argument("--cols", type=int, default=None)
     parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
-    parser.add_argument("--no-timing", action="store_true")
-    parser.add_argument("--sweep", action="store_true", help="time every tile shape too")
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, in the interpreter
@@ -476,14 +521,7 @@ def main() -> int:
         print(f"{name}: {ledger.counts[name]} checks, {wrong} different, {time.time() - began:.1f} s")
     for name, what in list(ledger.different.items())[:40]:
         print(f"DIFFERENT {name}: {what}")
-    times = {}
-    if on_gpu and not args.no_timing:
-        times = timings(8192, 4096)
-        print(table(times, "8192x4096 bf16"))
-    best = sweep(8192, 4096) if on_gpu and args.sweep else {}
-    for name, measured in best.items():
-        print(f"tiles, {name}: {measured}")
-    result = {"counts": ledger.counts, "different": ledger.different, "times": times, "tiles": best}
+    result = {"counts": ledger.counts, "different": ledger.different}
     print(json.dumps(result))
     return 1 if ledger.different else 0
 

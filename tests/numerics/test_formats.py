@@ -135,9 +135,9 @@ def draw_rows(data: st.DataObject, width: int, *, finite: bool = False) -> tuple
 
 def mxfp4_case(data: st.DataObject) -> None:
     x, seed = draw_rows(data, 32)
-    bits = data.draw(st.sampled_from([0, 8, 24]), label="random bits, 0: nearest")
+    bits = data.draw(st.sampled_from([0, 8, 16, 24]), label="random bits, 0: nearest")
     words = random_noise(x, seed) if bits else None
-    check_mxfp4(x, data.draw(st.sampled_from(SCALE_ROUNDINGS), label="scale rounding"), words, bits or 24)
+    check_mxfp4(x, data.draw(st.sampled_from(SCALE_ROUNDINGS), label="scale rounding"), words, bits or 16)
 
 
 def fp8_case(data: st.DataObject) -> None:
@@ -157,10 +157,10 @@ def nvfp4_case(data: st.DataObject) -> None:
     amax_exponent = data.draw(st.none() | st.integers(-149, 127), label="amax")
     amax = None if amax_exponent is None else torch.tensor(2.0**amax_exponent)
     x, seed = draw_rows(data, 16, finite=amax is None)
-    bits = 0 if "four_over_six" in options else data.draw(st.sampled_from([0, 8, 24]), label="random bits")
+    bits = 0 if "four_over_six" in options else data.draw(st.sampled_from([0, 8, 16, 24]), label="random bits")
     block_shape = data.draw(st.sampled_from([(1, 16), (1, 16), (16, 16)]), label="blocks")
     x = x[: ROWS_PER_CASE // block_shape[0] * block_shape[0]]
-    check_nvfp4(x, block_shape, amax, random_noise(x, seed) if bits else None, bits or 24, options)
+    check_nvfp4(x, block_shape, amax, random_noise(x, seed) if bits else None, bits or 16, options)
 
 
 CASES = {"nvfp4": (nvfp4_case, NVFP4_CASES), "mxfp4": (mxfp4_case, MXFP4_CASES), "fp8": (fp8_case, FP8_CASES)}

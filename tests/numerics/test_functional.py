@@ -116,7 +116,7 @@ def test_the_head_is_really_taken_out():
 
 
 def _words(cell: str, rows: int, cols: int) -> Tensor:
-    return random_words(stream_key(SEED, LAYER, cell), POSITION, torch.arange(rows), torch.arange(cols))
+    return random_words(stream_key(SEED, LAYER, cell), POSITION, torch.arange(rows), torch.arange(cols), 16)
 
 
 def _decoded_product(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:

@@ -36,6 +36,7 @@ MINIMAL_CHECKS = {
     "memory orders": 100,
     "shards": 16,
     "rotation": 250,
+    "both": 100,
     "decoding": 30,
     "large": 9,
 }
@@ -137,7 +138,7 @@ WRONG_CALLS = {
     "foreign noise": (ShapeError, "runs describe", lambda q, x, a: q(
         x, a, rounding="stochastic", noise=noise(((0, 16),), ((0, 64),)))),
     "bits": (ConfigError, "num_random_bits", lambda q, x, a: q(
-        x, a, rounding="stochastic", noise=noise(((0, 32),), ((0, 64),)), num_random_bits=16)),
+        x, a, rounding="stochastic", noise=noise(((0, 32),), ((0, 64),)), num_random_bits=12)),
     "scales": (ConfigError, "scale_rounding", lambda q, x, a: q(x, a, scale_rounding="even")),
     "no output": (ConfigError, "want_packed", lambda q, x, a: q(x, a, want_operand=False)),
     "host amax": (ShapeError, "amax must be a 0-dim", lambda q, x, a: q(x, a[None])),

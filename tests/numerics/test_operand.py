@@ -123,7 +123,7 @@ def test_random_bits_are_looked_up_by_token_and_feature_in_both_orientations():
     quantizer = QuantizerConfig(rounding="stochastic")
     noise = NoiseStream(seed=9, layer="l", operand="o", position=POSITION)
     rows, cols = torch.arange(64, 96), torch.cat([torch.arange(96, 112), torch.arange(288, 304)])
-    words = random_words(stream_key(9, "l", "o"), POSITION, rows, cols)
+    words = random_words(stream_key(9, "l", "o"), POSITION, rows, cols, 16)
     (plain,) = encode(x, quantizer, tokens, features, amax_scope="te", noise=noise).terms
     (turned,) = encode(
         x.t(), quantizer, features, tokens, amax_scope="te", noise=noise, noise_is_transposed=True

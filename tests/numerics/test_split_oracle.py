@@ -356,7 +356,7 @@ def _axes_of(matrix: Tensor) -> tuple[Axis, Axis]:
 
 
 def _words(operand: str, position: NoisePosition, rows: int, cols: int) -> Tensor:
-    return random_words(stream_key(SEED, LAYER, operand), position, torch.arange(rows), torch.arange(cols))
+    return random_words(stream_key(SEED, LAYER, operand), position, torch.arange(rows), torch.arange(cols), 16)
 
 
 def _uniform(quantizer: QuantizerConfig, **others: CellConfig) -> Recipe:

@@ -73,13 +73,13 @@ def check_frequencies(num_random_bits: int, num_draws: int) -> None:
     assert_within_sigma(frequency, probability, sigma, MAX_SIGMA, f"P(up) with {num_random_bits} bits")
 
 
-@pytest.mark.parametrize("num_random_bits", [8, 24])
+@pytest.mark.parametrize("num_random_bits", [8, 16, 24])
 def test_frequency_of_rounding_up_is_the_rest_of_the_value(num_random_bits):
     check_frequencies(num_random_bits, num_draws=20_000)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("num_random_bits", [8, 24])
+@pytest.mark.parametrize("num_random_bits", [8, 16, 24])
 def test_frequency_of_rounding_up_is_the_rest_of_the_value_long(num_random_bits):
     check_frequencies(num_random_bits, num_draws=400_000)
 
@@ -95,7 +95,7 @@ def test_eight_bits_enumerated_give_exactly_floor_256_f_over_256():
         assert up == rest * 256 // 1, magnitude
 
 
-@pytest.mark.parametrize("num_random_bits", [8, 24])
+@pytest.mark.parametrize("num_random_bits", [8, 16, 24])
 def test_rounding_equals_exact_fractions_bitwise(num_random_bits):
     generator = torch.Generator().manual_seed(6)
     y = torch.cat(
@@ -119,7 +119,7 @@ def test_rounding_equals_exact_fractions_bitwise(num_random_bits):
     assert codes[-4:].tolist() == [1, 0, 15, 14]
 
 
-@pytest.mark.parametrize("num_random_bits", [8, 24])
+@pytest.mark.parametrize("num_random_bits", [8, 16, 24])
 def test_values_on_the_grid_never_move(num_random_bits):
     worst_words = torch.tensor([0, 0xFFFFFFFF, 0xFF, 0xFFFFFF00])
     for word in worst_words:
@@ -161,7 +161,7 @@ def test_mean_over_draws_is_unbiased_where_nearest_rounding_is_not():
 
 
 @pytest.mark.parametrize("block_shape", [(1, 16), (16, 16)])
-@pytest.mark.parametrize("num_random_bits", [8, 24])
+@pytest.mark.parametrize("num_random_bits", [8, 16, 24])
 def test_stochastic_quantisation_equals_the_slow_reference(block_shape, num_random_bits):
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(32, 64, generator=generator) * torch.exp(2 * torch.randn(32, 64, generator=generator))

@@ -615,7 +615,7 @@ WRONG_QUANTIZERS = [
     ({"format": "mxfp4"}, r"must be \[1, 32\] for format 'mxfp4', received \[1, 16\]"),
     ({"format": "fp8_e4m3"}, r"must be none or \[1, 128\] or \[128, 128\] for format 'fp8_e4m3'"),
     ({"rounding": "sr"}, "must be one of rne, stochastic, received 'sr'"),
-    ({"num_random_bits": 16, "rounding": "stochastic"}, "must be 8 or 24, received 16"),
+    ({"num_random_bits": 12, "rounding": "stochastic"}, "must be 8, 16 or 24, received 12"),
     ({"num_random_bits": 8}, "no effect with rounding 'rne'"),
     (
         {"format": "fp8_e4m3", "block_shape": None, "rounding": "stochastic"},

@@ -86,7 +86,7 @@ def _quantizer_words(quantizer: QuantizerConfig) -> list[str]:
     words += ["rht"] if quantizer.rht is not None else []
     words += ["4/6"] if quantizer.four_over_six == "mae" else []
     assert quantizer.num_terms == 1 and quantizer.scale_rounding == "standard"
-    assert quantizer.num_random_bits == 24
+    assert quantizer.num_random_bits == 16
     assert quantizer.rht is None or (quantizer.rht.size, quantizer.rht.sign_seed) == (16, None)
     return words
 

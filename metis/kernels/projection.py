@@ -1,0 +1,325 @@
+"""Splitting in kernels: coefficients P = x V, and the residual R = x - P V^T with what it is asked for.
+
+One idea: x is read twice, once for P and once for R, and everything else that a training step wants of R (its
+largest magnitude, the thin product R F) comes out of the second read. Products run on the tensor cores, bf16
+times bf16 with fp32 sums. Unlike the other kernels these have no bitwise twin in torch: P and R are within
+fp32 rounding of `metis.decompose.projector`, and what is quantised later is this R, bit for bit.
+
+Layouts change no bit of P or R: the feature axis is cut into canonical chunks (`metis.decompose.projector`),
+each summed in one fixed order, chunks added in a fixed binary tree; rows are independent of each other. Tile
+shapes are therefore constants and never tuned.
+
+Shape letters: M rows, K features held here, r columns of V, q columns of F, C chunks held here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metis.errors import ShapeError
+from metis.kernels.arguments import as_loadable, is_native, require_device
+from metis.kernels.elementary import (
+    EXPONENT_BITS,
+    QUIET_NAN_BITS,
+    exact_bf16_bits,
+    magnitude_bits,
+    round_to_bf16,
+)
+
+MAX_RANK = 128
+"""Columns of V that one program holds."""
+
+_BLOCK_ROWS = 64
+_BLOCK_FEATURES = 64
+_NUM_WARPS = 4
+_MIN_DOT = 16
+_FOLD_BLOCK = 1024
+
+
+@triton.jit
+def _load_operand(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr):
+    """Load numbers as a dot reads them: bf16 on a GPU, fp32 otherwise (the interpreter cannot multiply bf16).
+
+    EVEN: the mask is true everywhere, and is not looked at.
+    """
+    if EVEN:
+        raw = tl.load(pointer + offsets)
+    else:
+        raw = tl.load(pointer + offsets, mask=mask, other=0)
+    if IS_BF16 and NATIVE:
+        number = raw.to(tl.bfloat16, bitcast=True)
+    elif IS_BF16:
+        number = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        number = raw.to(tl.float32)
+    return number
+
+
+@triton.jit
+def _project_kernel(
+    x,
+    v,
+    partials,
+    num_rows,
+    stride_r,
+    rank,
+    width,
+    chunk,
+    num_parts,
+    IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, RANK)
+    row_mask = (rows < num_rows)[:, None]
+    row_offsets = rows.to(tl.int64)[:, None] * stride_r
+    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    for part in range(num_parts):
+        first = part * width + tl.program_id(1) * chunk
+        for start in range(0, chunk, BLOCK_K):
+            inside = start + tl.arange(0, BLOCK_K)
+            features = first + inside
+            mask = inside < chunk
+            tile = _load_operand(x, row_offsets + features[None, :], row_mask & mask[None, :], IS_BF16,
+                                 NATIVE, EVEN)  # fmt: skip
+            basis = _load_operand(v, features[:, None] * rank + columns[None, :],
+                                  mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
+                                  EVEN)  # fmt: skip
+            total = tl.dot(tile, basis, total, input_precision="ieee")
+    base = partials + tl.program_id(1).to(tl.int64) * num_rows * rank
+    tl.store(base + rows.to(tl.int64)[:, None] * rank + columns[None, :], total,
+             mask=row_mask & (columns < rank)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _fold_kernel(
+    partials,
+    factor,
+    out,
+    other_out,
+    numel,
+    num_columns,
+    out_stride,
+    other_stride,
+    COUNT: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    TO_BF16: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add COUNT partial sums pairwise, neighbours first; times a factor; to one or two places."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < numel
+    which = tl.arange(0, COUNT).to(tl.int64)
+    sums = tl.load(partials + which[:, None] * numel + places[None, :], mask=mask[None, :], other=0.0)
+    for level in tl.static_range(5):
+        if (COUNT >> level) > 1:
+            pairs = tl.reshape(sums, [COUNT >> (level + 1), 2, BLOCK])
+            first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
+            sums = first + second
+    total = tl.reshape(sums, [BLOCK])
+    if HAS_FACTOR:
+        total = total * tl.load(factor)
+    row, column = places // num_columns, places % num_columns
+    if TO_BF16:
+        bits = exact_bf16_bits(round_to_bf16(total, NATIVE))
+        tl.store(out + row * out_stride + column, bits, mask=mask)
+        if HAS_OTHER:
+            tl.store(other_out + row * other_stride + column, bits, mask=mask)
+    else:
+        tl.store(out + row * out_stride + column, total, mask=mask)
+
+
+@triton.jit
+def _residual_kernel(
+    x,
+    p,
+    v,
+    f,
+    residual,
+    amax,
+    partials,
+    num_rows,
+    num_features,
+    stride_r,
+    rank,
+    num_f,
+    chunk,
+    IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, RANK)
+    row_mask = (rows < num_rows)[:, None]
+    row_index = rows.to(tl.int64)[:, None]
+    coefficients = _load_operand(p, row_index * rank + columns[None, :], row_mask & (columns < rank)[None, :],
+                                 True, NATIVE and IS_BF16, EVEN)  # fmt: skip
+    largest = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.int32)
+    if NUM_F > 0:
+        f_columns = tl.arange(0, NUM_F)
+        total = tl.zeros([BLOCK_R, NUM_F], dtype=tl.float32)
+    first = tl.program_id(1) * chunk
+    for start in range(0, chunk, BLOCK_K):
+        features = first + start + tl.arange(0, BLOCK_K)
+        # A whole row of programs may reach past the last feature when the chunk does not divide them.
+        inside = (start + tl.arange(0, BLOCK_K) < chunk) & (features < num_features)
+        mask = row_mask & inside[None, :]
+        tile = _load_operand(x, row_index * stride_r + features[None, :], mask, IS_BF16, False, EVEN)
+        basis = _load_operand(v, features[None, :] * rank + columns[:, None],
+                              (columns < rank)[:, None] & inside[None, :], True, NATIVE and IS_BF16,
+                              EVEN)  # fmt: skip
+        left = tile - tl.dot(coefficients, basis, input_precision="ieee")
+        if IS_BF16:
+            left = round_to_bf16(left, NATIVE)
+            stored = exact_bf16_bits(left)
+        else:
+            stored = left
+        if EVEN:
+            tl.store(residual + row_index * num_features + features[None, :], stored)
+        else:  # where the mask is false x and V are zero, and so is what is left
+            tl.store(residual + row_index * num_features + features[None, :], stored, mask=mask)
+        largest = tl.maximum(largest, magnitude_bits(left))
+        if NUM_F > 0:
+            factor = _load_operand(f, features[:, None] * num_f + f_columns[None, :],
+                                   inside[:, None] & (f_columns < num_f)[None, :], True, NATIVE and IS_BF16,
+                                   EVEN)  # fmt: skip
+            if IS_BF16 and NATIVE:
+                total = tl.dot(exact_bf16_bits(left).to(tl.bfloat16, bitcast=True), factor, total)
+            else:
+                total = tl.dot(left, factor, total, input_precision="ieee")
+    result = tl.max(tl.max(largest, axis=1), axis=0)
+    tl.atomic_max(amax, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+    if NUM_F > 0:
+        base = partials + tl.program_id(1).to(tl.int64) * num_rows * num_f
+        tl.store(base + row_index * num_f + f_columns[None, :], total,
+                 mask=row_mask & (f_columns < num_f)[None, :])  # fmt: skip
+
+
+def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1) -> Tensor:
+    """Return the partial sums of x V over the canonical chunks held here: fp32 [C, M, r].
+
+    x: [M, K] bf16 or fp32, contiguous along K; K = parts * width, `parts` matrices side by side, chunk c the
+    c-th slice of every one. v: [K, r] bf16. num_chunks: C, dividing the width. Each chunk is summed in
+    ascending features on the tensor cores (fp32 products for fp32 x). `fold` adds the chunks.
+    """
+    _require_factors("project", x, v)
+    num_rows, num_features = x.shape
+    width = num_features // parts
+    if num_features % parts or width % num_chunks:
+        raise ShapeError(
+            "project", f"{num_features} features must divide into {parts} parts of {num_chunks} chunks"
+        )
+    rank = v.shape[1]
+    chunk, padded = width // num_chunks, _padded(rank)
+    partials = torch.empty(num_chunks, num_rows, rank, dtype=torch.float32, device=x.device)
+    is_even = num_rows % _BLOCK_ROWS == 0 and chunk % _BLOCK_FEATURES == 0 and rank == padded
+    _project_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS), num_chunks)](
+        as_loadable(x), as_loadable(v), partials, num_rows, x.stride(0), rank, width, chunk, parts,
+        IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x), EVEN=is_even, RANK=padded,
+        BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_FEATURES, num_warps=_NUM_WARPS, num_stages=4,
+    )  # fmt: skip
+    return partials
+
+
+def fold(
+    partials: Tensor,
+    out: Tensor | None = None,
+    other_out: Tensor | None = None,
+    factor: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Return the sum over the first axis, neighbours first in a binary tree: [M, r] in `dtype`.
+
+    partials: fp32 [C, M, r], C a power of two up to 32, contiguous. factor: fp32 0-dim, multiplies the sum
+    before it is rounded once. out, other_out: where to write (bf16 [M, r], contiguous along r; the second is
+    a copy); None: a new tensor.
+    """
+    count, num_rows, num_columns = partials.shape
+    if count & (count - 1) or count > 32 or not partials.is_contiguous():
+        raise ShapeError("fold", f"needs a power of two of partial sums up to 32, received {count}")
+    if out is None:
+        out = torch.empty(num_rows, num_columns, dtype=dtype, device=partials.device)
+    assert out.stride(1) == 1 and (other_out is None or other_out.stride(1) == 1)
+    to_bf16 = out.dtype == torch.bfloat16
+    assert other_out is None or (to_bf16 and other_out.dtype == torch.bfloat16)
+    numel = num_rows * num_columns
+    _fold_kernel[(triton.cdiv(numel, _FOLD_BLOCK),)](
+        partials, factor, as_loadable(out), None if other_out is None else as_loadable(other_out), numel,
+        num_columns, out.stride(0), 0 if other_out is None else other_out.stride(0),
+        COUNT=count, HAS_FACTOR=factor is not None, TO_BF16=to_bf16, HAS_OTHER=other_out is not None,
+        NATIVE=is_native(partials), BLOCK=_FOLD_BLOCK,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def residual(
+    x: Tensor, p: Tensor, v: Tensor, amax: Tensor, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return R = c(x - p v^T) and, with a factor F, the partial sums of R F.
+
+    x: [M, K] bf16 or fp32 (the dtype c of R), contiguous along K. p: [M, r], v: [K, r], factor: [K, q], all
+    bf16 contiguous. amax: fp32 0-dim, raised to max |R| (NaN propagates). The product p v^T is summed in fp32
+    in ascending order of r; R is rounded once. Partial sums: fp32 [C, M, q] for `fold`.
+    """
+    _require_factors("residual", x, v)
+    num_rows, num_features = x.shape
+    if p.shape != (num_rows, v.shape[1]) or not p.is_contiguous() or p.dtype != torch.bfloat16:
+        raise ShapeError(
+            "residual",
+            f"needs p bf16 [{num_rows}, {v.shape[1]}] contiguous, received {tuple(p.shape)} {p.dtype}",
+        )
+    if factor is not None:
+        _require_factors("residual", x, factor)
+    num_f = 0 if factor is None else factor.shape[1]
+    num_chunks = 8 if num_features >= 8 * _BLOCK_FEATURES else 1
+    chunk = triton.cdiv(triton.cdiv(num_features, num_chunks), _BLOCK_FEATURES) * _BLOCK_FEATURES
+    out = torch.empty(num_rows, num_features, dtype=x.dtype, device=x.device)
+    partials = None
+    if factor is not None:
+        partials = torch.empty(num_chunks, num_rows, num_f, dtype=torch.float32, device=x.device)
+    rank = v.shape[1]
+    is_even = num_rows % _BLOCK_ROWS == 0 and chunk * num_chunks == num_features
+    is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
+    _residual_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS), num_chunks)](
+        as_loadable(x), as_loadable(p), as_loadable(v), None if factor is None else as_loadable(factor),
+        as_loadable(out), amax.view(torch.int32), partials, num_rows, num_features, x.stride(0), rank,
+        num_f, chunk, IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x), EVEN=is_even,
+        RANK=_padded(rank), NUM_F=_padded(num_f), BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_FEATURES,
+        num_warps=_NUM_WARPS, num_stages=3,
+    )  # fmt: skip
+    return out, partials
+
+
+def _padded(rank: int) -> int:
+    """Return the columns that a dot works on, 0 for none."""
+    return 0 if rank == 0 else max(_MIN_DOT, triton.next_power_of_2(rank))
+
+
+def _require_factors(where: str, x: Tensor, v: Tensor) -> None:
+    require_device(where, x.device)
+    if x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float32) or x.stride(1) != 1:
+        raise ShapeError(
+            where,
+            f"needs a bf16 or fp32 matrix contiguous along its columns, received {tuple(x.shape)} {x.dtype}",
+        )
+    if v.dim() != 2 or v.shape[0] != x.shape[1] or v.dtype != torch.bfloat16 or not v.is_contiguous():
+        raise ShapeError(
+            where,
+            f"needs a contiguous bf16 factor over {x.shape[1]} features, received {tuple(v.shape)} {v.dtype}",
+        )
+    if not 1 <= v.shape[1] <= MAX_RANK:
+        raise ShapeError(where, f"needs 1 to {MAX_RANK} columns, received {v.shape[1]}")
