@@ -28,6 +28,7 @@ __all__ = [
     "documentation",
     "original_of",
     "patch_exact_grad_norm",
+    "patch_optimizer_passes",
     "patch_rotary",
     "patch_weight_gradients",
 ]
@@ -40,6 +41,7 @@ def all_patches() -> tuple[Patch, ...]:
         cuda_on_cpu,
         distributed_optimizer,
         exact_reductions,
+        foreach_optimizer,
         no_compile,
         pipeline_guard,
         recompute_context,
@@ -58,6 +60,7 @@ def all_patches() -> tuple[Patch, ...]:
         pipeline_guard.PATCH,
         weight_gradients.PATCH,
         rotary.PATCH,
+        *foreach_optimizer.PATCHES,
         *exact_reductions.PATCHES,
     )
 
@@ -120,6 +123,17 @@ def patch_rotary(
     from megatron_patches import registry, rotary
 
     return registry.install([rotary.with_functions(rotate, rotate_qkv)])
+
+
+def patch_optimizer_passes() -> list[str]:
+    """Let gradient norm, clipping and the copies into the parameters be a few launches each, without TE and
+    Apex; return the names of the new patches.
+
+    The norm is summed in another order than before. Raises `PatchMismatch`.
+    """
+    from megatron_patches import foreach_optimizer, registry
+
+    return registry.install(list(foreach_optimizer.PATCHES))
 
 
 def documentation() -> str:

@@ -14,8 +14,10 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+import megatron_patches
 from metis.training.learning_rate import schedule_lengths
 from metis.training.model import DTYPES
+from metis.training.outputs import print_rank_0
 
 
 def build_optimizer(args: Namespace, model: list[nn.Module], timers: Any) -> Any:
@@ -45,7 +47,46 @@ def build_optimizer(args: Namespace, model: list[nn.Module], timers: Any) -> Any
         timers=timers,
     )
     overrides = get_standard_config_overrides(config)
-    return get_megatron_optimizer(config, model, config_overrides=overrides, use_gloo_process_groups=True)
+    fuse = args.device == "cuda" and not (args.no_optimizer_fusion or args.exact_reductions)
+    if fuse:
+        megatron_patches.patch_optimizer_passes()
+    optimizer = get_megatron_optimizer(
+        config, model, config_overrides=overrides, use_gloo_process_groups=True
+    )
+    if fuse:
+        fused = "fused" if fuse_adamw(optimizer) else "Transformer Engine's or Apex's"
+        print_rank_0(f" > optimizer: {fused} AdamW; gradient norm, clipping and copies in one pass each")
+    return optimizer
+
+
+def fuse_adamw(optimizer: Any) -> int:
+    """Let torch's AdamW inside megatron-core's optimizer step in one pass; return how many there are.
+
+    With Transformer Engine or Apex megatron-core takes their fused one, and there is nothing to do. The flag
+    is set for the time of a step only: parameter groups are saved and loaded, and a checkpoint should say
+    nothing about the device that wrote it.
+    """
+    inner = [each.optimizer for each in getattr(optimizer, "chained_optimizers", [optimizer])]
+    found = [each for each in inner if isinstance(each, torch.optim.AdamW | torch.optim.Adam)]
+    for adam in found:
+        adam.register_step_pre_hook(_before_step)
+        adam.register_step_post_hook(_after_step)
+    return len(found)
+
+
+def _before_step(adam: torch.optim.Optimizer, *_step_arguments: Any) -> None:
+    """Ask for the fused kernel, which reads each parameter's step count beside it."""
+    for group in adam.param_groups:
+        group["fused"] = True
+        for parameter in group["params"]:
+            state = adam.state.get(parameter)
+            if state and state["step"].device != parameter.device:
+                state["step"] = state["step"].to(parameter.device)
+
+
+def _after_step(adam: torch.optim.Optimizer, *_step_arguments: Any) -> None:
+    for group in adam.param_groups:
+        group["fused"] = None
 
 
 def build_scheduler(args: Namespace, optimizer: Any) -> OptimizerParamScheduler:

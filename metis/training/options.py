@@ -226,10 +226,8 @@ _BATCH = (
          choices=(0, 1, 2)),
     _switch("--deterministic-mode", "deterministic kernels only (bitwise resume on GPUs)", "initialize"),
     _switch("--calculate-per-token-loss", "weigh losses by tokens instead of by micro batches", "loop"),
-    _switch("--cross-entropy-loss-fusion", "fused cross entropy; on a GPU it is the default, and this insists",
-            "fusions"),
-    _switch("--no-cross-entropy-loss-fusion", "GPU: cross entropy by plain operations on a copy of the logits",
-            "fusions"),
+    _switch("--cross-entropy-loss-fusion", "fused cross entropy; the default on a GPU", "fusions"),
+    _switch("--no-cross-entropy-loss-fusion", "GPU: cross entropy by plain operations", "fusions"),
     _switch("--no-persist-layer-norm", "GPU: RMSNorm by plain operations", "fusions"),
     _off("--no-masked-softmax-fusion", "masked_softmax_fusion", "no fused softmax", "model"),
     _off("--no-bias-gelu-fusion", "bias_gelu_fusion", "no fused bias and GELU", "model"),
@@ -242,6 +240,9 @@ _BATCH = (
 
 _OPTIMIZER = (
     _opt("--optimizer", str, "adam", "AdamW", "optimizer", choices=("adam",)),
+    _switch("--no-optimizer-fusion",
+            "GPU without TE and Apex: AdamW, gradient norm, clipping and parameter copies tensor by tensor",
+            "optimizer"),
     _opt("--lr", float, None, "peak learning rate (required)", "optimizer", low=0),
     _opt("--min-lr", float, 0.0, "learning rate at the end of the decay", "optimizer", low=0),
     _opt("--decoupled-lr", float, None, "peak learning rate of embedding and output layer", "optimizer",

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests._distributed import run_ranks
+from tests.integration._trainer import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,6 +34,9 @@ NORM_16_BIT = {"y": 0.0, "dx": 0.501, "dw": 0.0}  # y and dw: distance from the 
 LOSS_FP32 = 1.0  # [0.5]; plain 1.5 for 39000 columns
 LOGITS_GRADIENT_FP32 = 50.0  # [33] of exp(x - max) after the difference was rounded; plain 130
 LOGITS_GRADIENT_16_BIT = 0.501  # [0.5]
+# Largest relative difference of loss or gradient norm from the unfused run.
+RUN_FP32 = 1e-6  # [1.7e-8] of three steps of four blocks
+RUN_BF16 = 5e-3  # [5.4e-4]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -142,3 +146,63 @@ def test_two_ranks_share_a_vocabulary_and_switches_choose_the_kernels(
         assert "backward has run" in found["twice"]
         assert found["norm False"] == ["_RMSNormFunctionBackward"] * 2
         assert found["norm True"] == ["_FusedRMSNormBackward", "_RMSNormFunctionBackward"]
+
+
+RUN = (
+    "--mock-data --train-iters 2 --eval-iters 0 --tensor-model-parallel-size 2 --sequence-parallel "
+    "--num-layers 2 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 2"
+)
+
+
+def train_on_two_ranks(rank: int, world_size: int, folder: str) -> list[str]:
+    """Train with every pass fused that a GPU fuses, and without, on the CPU."""
+    import torch
+
+    from metis.training import model
+    from metis.training.fusions import Fusions
+    from tests.gpu.step_kernels import round_like_a_gpu
+    from tests.integration._trainer import TOKENIZER, run_case
+
+    errors = []
+    original = model.resolve_fusions
+    for name in ("plain", "fused"):
+        for dtype, option in (("fp32", ""), ("bf16", "--bf16")):
+            metrics = f"--metrics-file {folder}/{name}_{dtype}.jsonl"
+            errors.append(run_case(world_size, f"{RUN} {TOKENIZER} {option} {metrics}").error)
+        if name == "plain":
+            round_like_a_gpu()
+            model.resolve_fusions = lambda args, use_te: everything(torch, Fusions)
+    assert model.resolve_fusions is not original
+    return errors
+
+
+def everything(torch: Any, fusions: Any) -> Any:
+    import megatron_patches
+    from metis.mcore.rotary import FusedRotary
+
+    def accumulate(x: Any, grad_output: Any, main_grad: Any) -> None:
+        main_grad.add_(grad_output.float().t() @ x.float())
+
+    rotary = FusedRotary()
+    megatron_patches.patch_weight_gradients(accumulate)
+    megatron_patches.patch_rotary(rotary.rotate, rotary.rotate_qkv)
+    return fusions(weight_gradients=True, rotary=True, rotary_qkv=True, norm=True, cross_entropy=True)
+
+
+def test_a_run_with_every_pass_fused_trains_like_one_with_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    errors = run_ranks(train_on_two_ranks, 2, str(tmp_path), patched=False, timeout=300)
+    assert errors == [[""] * 4] * 2
+    for dtype, tolerance in (("fp32", RUN_FP32), ("bf16", RUN_BF16)):
+        plain, fused = (read_metrics(tmp_path / f"{name}_{dtype}.jsonl") for name in ("plain", "fused"))
+        assert len(plain) == len(fused) == 2
+        for field in ("lm_loss", "grad_norm"):
+            for a, b in zip(plain, fused, strict=True):
+                assert abs(a[field] - b[field]) <= tolerance * abs(a[field]), (
+                    dtype,
+                    field,
+                    a[field],
+                    b[field],
+                )

@@ -136,6 +136,7 @@ OUR_DEFAULTS = {
     "policy": None,
     "exact_reductions": False,
     "no_cross_entropy_loss_fusion": False,
+    "no_optimizer_fusion": False,
     "gemm_backend": "auto",
     "quantize_kernels": "auto",
     "device": "auto",
