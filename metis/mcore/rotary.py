@@ -188,6 +188,11 @@ class _Rotate(torch.autograd.Function):
         return packed, None, None
 
 
+def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    flat = angles.detach().float().reshape(angles.shape[0], -1)
+    return flat.cos(), flat.sin()
+
+
 class FusedRotary:
     """Both fused functions, with the cosines and sines of the angles that it has seen.
 
@@ -195,6 +200,7 @@ class FusedRotary:
     """
 
     def __init__(self) -> None:
+        # angles -> (their version, (cosine, sine))
         self._tables = WeakTensorKeyDictionary()
 
     def _table(self, angles: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,10 +216,12 @@ class FusedRotary:
                 f"angles must be [s, 1, 1, r] with s = {x.shape[0]} and even r <= {x.shape[-1]}, received "
                 f"{list(angles.shape)}",
             )
-        if angles not in self._tables:
-            flat = angles.detach().float().reshape(s, rotated)
-            self._tables[angles] = (flat.cos(), flat.sin())
-        return self._tables[angles]
+        if angles.is_cuda and torch.cuda.is_current_stream_capturing():
+            return _cos_sin(angles)  # part of the graph: its input is refilled before each replay
+        version = 0 if angles.is_inference() else angles._version
+        if angles not in self._tables or self._tables[angles][0] != version:
+            self._tables[angles] = (version, _cos_sin(angles))
+        return self._tables[angles][1]
 
     def rotate(self, x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
         """Return x [s, b, H, d] with its first r channels rotated by angles [s, 1, 1, r], the rest as it is.

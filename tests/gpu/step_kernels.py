@@ -121,6 +121,9 @@ def rotary_errors(device: str) -> dict[str, dict[str, float]]:
             oracle = with_gradients(lambda x: apply_plain(x, angles), [q], [grad])  # noqa: B023
             exact = with_gradients(lambda x: apply_plain(x, doubled), [q.double()], [grad.double()])  # noqa: B023
             size = [_pair_norm(x, rotated, d) for x in exact]
+            before = fused.rotate(q, angles)
+            angles.mul_(2.0)
+            assert not torch.equal(fused.rotate(q, angles), before), "angles have changed in place"
             found[f"{dtype_name}, {name}, alone"] = errors(one, oracle, exact, size)
     return found
 
