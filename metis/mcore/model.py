@@ -1,7 +1,8 @@
 """The LLaMA-type model: megatron-core's `GPTModel` with a loss over the true vocabulary.
 
-The only difference to the base class is `compute_language_model_loss`; see `metis.mcore.cross_entropy` for
-why. Layers, linears and norms come from the layer spec.
+What differs from the base class is `compute_language_model_loss` (see `metis.mcore.cross_entropy` for why)
+and, with `gradient_accumulation_fusion`, the embedding's backward (`metis.mcore.embedding`). Layers, linears
+and norms come from the layer spec.
 
 Trap: `vocab_size` means the *padded* size in megatron (it sizes the embedding), and keeps that meaning here.
 """
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from metis.errors import ConfigError
 from metis.mcore.cross_entropy import vocab_parallel_cross_entropy
+from metis.mcore.embedding import MainGradEmbedding
 
 
 class LlamaModel(GPTModel):
@@ -50,6 +52,8 @@ class LlamaModel(GPTModel):
             )
         super().__init__(config, transformer_layer_spec, vocab_size, max_sequence_length, **kwargs)
         self.true_vocab_size = true_vocab_size
+        if config.gradient_accumulation_fusion and hasattr(self, "embedding"):
+            MainGradEmbedding.take_over(self.embedding.word_embeddings)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the loss of every token, [b, s]; `labels` [b, s], `logits` [s, b, V/tp] (overwritten)."""

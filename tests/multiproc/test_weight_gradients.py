@@ -42,11 +42,21 @@ NUM_LINEARS_OF_STAGE = {"pp2": (8, 9), "pp2_tied": (8, 9)}
 
 def train_both(rank: int, world_size: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import torch
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
 
     from megatron_patches import patch_weight_gradients
+    from metis.mcore.embedding import MainGradEmbedding, _Lookup
     from tests._tiny_engine import Case, Run
 
     calls: list[tuple[int, ...]] = []
+    num_lookups = [0]
+    lookup_backward = _Lookup.backward
+
+    def counted(*args: Any) -> Any:
+        num_lookups[0] += 1
+        return lookup_backward(*args)
+
+    _Lookup.backward = staticmethod(counted)
 
     def accumulate(x: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         assert x.dtype == grad_output.dtype and main_grad.dtype == torch.float32
@@ -60,9 +70,18 @@ def train_both(rank: int, world_size: int, cases: dict[str, dict[str, Any]]) -> 
             plain = Run(Case(dtype=dtype, **case)).curve(STEPS)
             assert not calls
             fused_model = {**case.get("model", {}), "gradient_accumulation_fusion": True}
-            fused = Run(Case(dtype=dtype, **{**case, "model": fused_model})).curve(STEPS)
-            results[f"{name}_{str(dtype).removeprefix('torch.')}"] = (plain, fused, len(calls))
+            fused_case = Case(dtype=dtype, **{**case, "model": fused_model})
+            fused = Run(fused_case).curve(STEPS)
+            run = Run(fused_case)
+            num_embeddings = 0
+            for module in (each for chunk in run.chunks for each in chunk.modules()):
+                if isinstance(module, VocabParallelEmbedding):
+                    MainGradEmbedding.take_over(module)
+                    num_embeddings += 1
+            result = plain, fused, len(calls), run.curve(STEPS), num_lookups[0], num_embeddings
+            results[f"{name}_{str(dtype).removeprefix('torch.')}"] = result
             calls.clear()
+            num_lookups[0] = 0
     return results
 
 
@@ -87,7 +106,7 @@ def test_fused_weight_gradients_train_like_unfused_ones(
 ) -> None:
     for rank, results in enumerate(run_ranks(train_both, world_size, cases)):
         assert results.pop("patched") == (["weight_gradients_without_apex"], [])
-        for name, (plain, fused, num_calls) in results.items():
+        for name, (plain, fused, num_calls, looked_up, num_lookups, num_embeddings) in results.items():
             case, dtype = name.rsplit("_", 1)
             linears = NUM_LINEARS_OF_STAGE.get(case, (NUM_LINEARS, NUM_LINEARS))[rank]
             assert num_calls == STEPS * NUM_MICROBATCHES.get(case, 4) * linears, name
@@ -98,6 +117,10 @@ def test_fused_weight_gradients_train_like_unfused_ones(
                 found = difference(fused, plain)
                 assert found <= tolerance, f"{name}: {found:.2e}"
                 assert found > 0 or dtype == "float32", f"{name}: nothing was fused"
+            found = difference(looked_up, plain)
+            assert found <= (TOLERANCE_TIED_FP32 if dtype == "float32" else TOLERANCE_BF16), (name, found)
+            assert num_embeddings == (0 if case.startswith("pp2") and rank else 1)
+            assert num_lookups == STEPS * NUM_MICROBATCHES.get(case, 4) * num_embeddings, name
 
 
 def test_without_the_patch_the_engine_refuses_the_fusion() -> None:
