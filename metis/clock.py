@@ -36,10 +36,14 @@ class OperandWatch:
 
     def note(self, plan: Any, cell_name: str, source: Tensor | None, split: Any, encoded: Any) -> None:
         """Take in one operand of layer `plan.layer`."""
-        key, amax = (plan.layer, cell_name), encoded.amax
-        self._largest[key] = amax if key not in self._largest else torch.maximum(self._largest[key], amax)
+        self.note_amax(plan.layer, cell_name, encoded.amax)
         if self.observer is not None:
             self.observer(plan, cell_name, source, split, encoded)
+
+    def note_amax(self, layer: str, cell_name: str, amax: Tensor) -> None:
+        """Take in the amax of one operand."""
+        key = (layer, cell_name)
+        self._largest[key] = amax if key not in self._largest else torch.maximum(self._largest[key], amax)
 
     def take_nonfinite(self) -> list[tuple[str, str]]:
         """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""

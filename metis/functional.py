@@ -92,7 +92,8 @@ class LinearPlan:
     "grad_output"); gather: the tensor-parallel ranks that hold the other shards. v_input, v_weight,
     v_grad_output: active bases (bf16 [features_local, r]) or None. spectral: factors of the adaptive spectral
     learning rate. sketch: takes rows for this step's new bases, when there are any to make. backend: who
-    multiplies quantised operands. watch: told about every encoded operand.
+    multiplies quantised operands. watch: told about every encoded operand. weights: what is kept of the
+    weight within a step, where kernels compute (`metis.fused_linear.WeightCache`).
     """
 
     recipe: Recipe
@@ -112,6 +113,7 @@ class LinearPlan:
     sketch: BasisSketch | None = None
     backend: GemmBackend = field(default_factory=EmulatedGemm)
     watch: OperandWatch | None = None
+    weights: Any = None
 
     def axes(self, cell_name: str) -> tuple[Axis, Axis]:
         """Return the row and column axes of the matrix that a cell's quantiser reads."""
@@ -479,6 +481,11 @@ def deliver_weight_grad(weight: Tensor, dw: Tensor) -> Tensor:
     if main_grad is None:
         return dw.to(weight.dtype)
     main_grad.add_(dw)
+    return as_placeholder(weight)
+
+
+def as_placeholder(weight: Tensor) -> Tensor:
+    """Mark a gradient as accumulated already and return what stands for it in autograd."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return weight.new_zeros(()).expand(weight.shape)
 

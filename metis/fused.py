@@ -115,6 +115,13 @@ def fused_amax(matrix: Tensor, quantizer: QuantizerConfig) -> Tensor:
     return kernels.amax(matrix, sign_vector(quantizer.rht))
 
 
+def scale_target(quantizer: QuantizerConfig) -> float:
+    """Return what the tensor amax is scaled to before block scales are found."""
+    if quantizer.four_over_six is not None:
+        return E2M1_MAX * FOUR_OVER_SIX_E4M3_BOUND
+    return TENSOR_SCALE_TARGET
+
+
 def fused_quantize(
     matrix: Tensor,
     quantizer: QuantizerConfig,
@@ -122,10 +129,12 @@ def fused_quantize(
     noise: KernelNoise | None,
     want_bytes: bool,
     want_operand: bool = True,
+    operand_out: Tensor | None = None,
 ) -> FusedTensor:
     """Return what `metis.quantize` would make of the matrix [R, C], rotation included.
 
     amax: reduced over shards; None only where the format has no tensor scale (then it is the local one).
+    operand_out: where the decoded operand goes, bf16 [R, C]; None: a new tensor.
     """
     common = {
         "rounding": quantizer.rounding,
@@ -135,6 +144,7 @@ def fused_quantize(
         "sign_vector": sign_vector(quantizer.rht),
         "want_packed": want_bytes,
         "want_operand": want_operand,
+        "operand_out": operand_out,
     }
     amax = fused_amax(matrix, quantizer) if amax is None else amax
     if quantizer.format == "mxfp4":
@@ -143,13 +153,12 @@ def fused_quantize(
         output = kernels.quantize_nvfp4(
             matrix, amax, block_shape=quantizer.block_shape, four_over_six=quantizer.four_over_six, **common
         )
-    bound = quantizer.four_over_six is not None
     return FusedTensor(
         output=output,
         shape=matrix.shape,
         amax=amax,
         block_shape=quantizer.block_shape,
-        scale_target=E2M1_MAX * FOUR_OVER_SIX_E4M3_BOUND if bound else TENSOR_SCALE_TARGET,
+        scale_target=scale_target(quantizer),
         format=quantizer.format,
     )
 

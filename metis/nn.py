@@ -23,7 +23,8 @@ from metis.clock import TrainingClock
 from metis.config import BasisConfig, Recipe, ReparametrisationConfig
 from metis.decompose import basis as algebra
 from metis.errors import ConfigError, ShapeError
-from metis.functional import LinearPlan, SpectralFactors, quantized_linear
+from metis.functional import LinearPlan, SpectralFactors
+from metis.fused_linear import WeightCache, is_fusable, quantized_linear
 from metis.gemm import EmulatedGemm, GemmBackend
 from metis.operand import Axis, coefficients, token_mean
 from metis.recipes import resolve_recipe
@@ -338,8 +339,14 @@ class LinearCore(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         _check_features(recipe, layer, in_features, out_features)
         self.bases = self._bases_for(recipe, nn.ModuleDict(), device)
+        self._set_weights()
         self.borrowed: frozenset[str] = frozenset()
         self._lender: tuple[LinearCore, ...] = ()  # in a tuple: the owner is no submodule of this one
+
+    def _set_weights(self) -> None:
+        """Start a cache of the encoded weight where kernels cover the recipe."""
+        sizes = self.in_features.size, self.out_features.size
+        self.weights = WeightCache() if is_fusable(self.recipe, *sizes) else None
 
     def _bases_for(self, recipe: Recipe, old: nn.ModuleDict, device: Any) -> nn.ModuleDict:
         """Return the bases that `recipe` keeps, each going on from the one of its operand in `old`."""
@@ -381,6 +388,7 @@ class LinearCore(nn.Module):
         own = nn.ModuleDict({name: b for name, b in self.bases.items() if name not in self.borrowed})
         self.bases = self._bases_for(recipe, own, device)
         self.recipe, self.borrowed, self._lender = recipe, frozenset(), ()
+        self._set_weights()
 
     def borrow_input_basis(self, owner: LinearCore) -> None:
         """Use the input basis of `owner`, a linear that reads the same input; only the owner sketches and
@@ -472,6 +480,7 @@ class LinearCore(nn.Module):
             sketch=sketcher if sketching else None,
             backend=self.backend,
             watch=clock.watch,
+            weights=self.weights,
             **active,
         )
 
@@ -503,7 +512,7 @@ class LinearCore(nn.Module):
 
 def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token_group: Any = None) -> None:
     """Turn the sketches of optimizer step `step` into new bases; call it after the optimizer step, on every
-    rank.
+    rank. The weights have changed: what was encoded of them is forgotten.
 
     linears: each core with its current weight. token_group: ranks that saw other tokens of the step (data
     and context parallel); their sketches are summed in float64, in one message, so that all keep the same
@@ -530,6 +539,8 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
         ):
             basis.absorb(flat)
     for core, _ in linears:
+        if core.weights is not None:
+            core.weights.clear()
         for _, basis in core.own_bases():
             basis.refresh(step)
 

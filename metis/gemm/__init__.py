@@ -12,10 +12,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from metis.gemm.emulated import EmulatedGemm, product
+from metis.gemm.emulated import EmulatedGemm, product, scaled_product
 from metis.quantize import QuantizedTensor
 
-__all__ = ["EmulatedGemm", "GemmBackend", "product"]
+__all__ = ["EmulatedGemm", "GemmBackend", "product", "scaled_product"]
 
 
 class GemmBackend(Protocol):

@@ -19,7 +19,25 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from metis.gemm import cublas
 from metis.quantize import QuantizedTensor, gemm_alpha
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, out: Tensor, alpha: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """Compute `out = alpha a b^T`, or `out += alpha a b^T` with `accumulate`; returns `out`.
+
+    a: [M, K], b: [N, K] bf16, each contiguous along one axis; out: [M, N] fp32 or bf16, contiguous along N.
+    alpha: fp32 0-dim on the same device. Summed in fp32, rounded once. On CUDA one cuBLAS call
+    (`metis.gemm.cublas`), elsewhere plain torch.
+    """
+    if cublas.is_available() and a.is_cuda:
+        return cublas.gemm(a, b, out, alpha=alpha, accumulate=accumulate)
+    result = a.to(torch.float32) @ b.to(torch.float32).t()
+    if alpha is not None:
+        result *= alpha
+    return out.copy_(result + out if accumulate else result)
 
 
 def product(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ random words come from the counters of `metis.rng`, and tests compare bytes.
     quantize_both, amax_both          the same of a matrix and its transpose, in one read
     project, fold, residual           P = x V in canonical chunks, R = x - P V^T (own bits, see projection.py)
     decode_operand, dequantize        bytes back to numbers
+    gemm_scales                       what multiplies an NVFP4 product, and its inverse
 
 Traps:
 * Names are loaded on first use: a machine without Triton can import this package and ask `is_available`.
@@ -30,6 +31,7 @@ _HOMES = {
     "decode_operand": "decoding",
     "dequantize": "decoding",
     "fold": "projection",
+    "gemm_scales": "scales",
     "is_available": "availability",
     "project": "projection",
     "quantize_both": "both",

@@ -97,8 +97,8 @@ def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile
     min_rows, min_cols = block_shape[0], max(block_shape[1], rotation_size)
     if is_column_major(x):
         # One warp holds whole blocks of a few neighbouring rows, so maxima and butterflies need no exchange.
-        rows = min(256, max(16, triton.next_power_of_2(x.shape[0])))
-        return Tile(rows, min_cols, max(1, rows * min_cols // 4096))
+        rows = min(128, max(16, triton.next_power_of_2(x.shape[0])))
+        return Tile(rows, min_cols, max(1, rows * min_cols // 2048))
     cols = max(min_cols, min(256, triton.next_power_of_2(x.shape[1])))
     return Tile(max(min_rows, 4096 // cols), cols, 4)
 

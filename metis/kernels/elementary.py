@@ -248,6 +248,7 @@ def random_integers(
     c3 = step.to(tl.uint32, bitcast=True)
     WIDTH: tl.constexpr = 32 if NUM_RANDOM_BITS == 24 else NUM_RANDOM_BITS
     PER_CALL: tl.constexpr = 128 // WIDTH
+    # Tokens run down the tile whatever its orientation, so that a thread draws the words of its own elements.
     if TOKENS_ARE_COLS:
         TOKENS: tl.constexpr = TILE_C
         FEATURES: tl.constexpr = TILE_R
@@ -257,36 +258,22 @@ def random_integers(
         FEATURES: tl.constexpr = TILE_C
         token_start, feature_start, num_tokens, num_features = row_start, col_start, num_rows, num_cols
     token_at = token_start + tl.arange(0, TOKENS)
-    token = tl.load(tokens + token_at, mask=token_at < num_tokens, other=0).to(tl.uint32)
+    token = tl.load(tokens + token_at, mask=token_at < num_tokens, other=0).to(tl.uint32)[:, None]
     if ALIGNED:
         feature_at = feature_start + tl.arange(0, FEATURES // PER_CALL) * PER_CALL
         feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0)
-        call = feature.to(tl.uint32) // PER_CALL
-        if TOKENS_ARE_COLS:
-            w0, w1, w2, w3 = philox4x32(call[:, None], token[None, :], c2, c3, k0, k1)
-        else:
-            w0, w1, w2, w3 = philox4x32(call[None, :], token[:, None], c2, c3, k0, k1)
+        w0, w1, w2, w3 = philox4x32((feature.to(tl.uint32) // PER_CALL)[None, :], token, c2, c3, k0, k1)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         if WIDTH == 16:
             words = tl.join(words & 0xFFFF, words >> 16)
         if WIDTH == 8:
             words = tl.join(tl.join(words & 0xFF, (words >> 16) & 0xFF),
                             tl.join((words >> 8) & 0xFF, words >> 24))  # fmt: skip
-        if TOKENS_ARE_COLS:
-            if WIDTH == 32:
-                words = tl.permute(words, (0, 2, 3, 1))
-            elif WIDTH == 16:
-                words = tl.permute(words, (0, 2, 3, 4, 1))
-            else:
-                words = tl.permute(words, (0, 2, 3, 4, 5, 1))
-        word = tl.reshape(words, [TILE_R, TILE_C])
+        word = tl.reshape(words, [TOKENS, FEATURES])
     else:
         feature_at = feature_start + tl.arange(0, FEATURES)
         feature = tl.load(features + feature_at, mask=feature_at < num_features, other=0).to(tl.uint32)
-        if TOKENS_ARE_COLS:
-            feature, token = feature[:, None], token[None, :]
-        else:
-            feature, token = feature[None, :], token[:, None]
+        feature = feature[None, :]
         w0, w1, w2, w3 = philox4x32(feature // PER_CALL, token, c2, c3, k0, k1)
         piece = feature % PER_CALL
         PER_WORD: tl.constexpr = 32 // WIDTH
@@ -296,6 +283,8 @@ def random_integers(
             word = (word >> ((piece % PER_WORD) * WIDTH)) & ((1 << WIDTH) - 1)
     if NUM_RANDOM_BITS == 24:
         word = word >> 8
+    if TOKENS_ARE_COLS:
+        word = tl.trans(word)
     return word.to(tl.int32)
 
 

@@ -65,6 +65,7 @@ def _project_kernel(
     partials,
     num_rows,
     stride_r,
+    stride_v,
     rank,
     width,
     chunk,
@@ -89,7 +90,7 @@ def _project_kernel(
             mask = inside < chunk
             tile = _load_operand(x, row_offsets + features[None, :], row_mask & mask[None, :], IS_BF16,
                                  NATIVE, EVEN)  # fmt: skip
-            basis = _load_operand(v, features[:, None] * rank + columns[None, :],
+            basis = _load_operand(v, features[:, None] * stride_v + columns[None, :],
                                   mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
                                   EVEN)  # fmt: skip
             total = tl.dot(tile, basis, total, input_precision="ieee")
@@ -150,6 +151,8 @@ def _residual_kernel(
     num_rows,
     num_features,
     stride_r,
+    stride_v,
+    stride_f,
     rank,
     num_f,
     chunk,
@@ -178,7 +181,7 @@ def _residual_kernel(
         inside = (start + tl.arange(0, BLOCK_K) < chunk) & (features < num_features)
         mask = row_mask & inside[None, :]
         tile = _load_operand(x, row_index * stride_r + features[None, :], mask, IS_BF16, False, EVEN)
-        basis = _load_operand(v, features[None, :] * rank + columns[:, None],
+        basis = _load_operand(v, features[None, :] * stride_v + columns[:, None],
                               (columns < rank)[:, None] & inside[None, :], True, NATIVE and IS_BF16,
                               EVEN)  # fmt: skip
         left = tile - tl.dot(coefficients, basis, input_precision="ieee")
@@ -193,7 +196,7 @@ def _residual_kernel(
             tl.store(residual + row_index * num_features + features[None, :], stored, mask=mask)
         largest = tl.maximum(largest, magnitude_bits(left))
         if NUM_F > 0:
-            factor = _load_operand(f, features[:, None] * num_f + f_columns[None, :],
+            factor = _load_operand(f, features[:, None] * stride_f + f_columns[None, :],
                                    inside[:, None] & (f_columns < num_f)[None, :], True, NATIVE and IS_BF16,
                                    EVEN)  # fmt: skip
             if IS_BF16 and NATIVE:
@@ -212,8 +215,8 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1) -> Tensor:
     """Return the partial sums of x V over the canonical chunks held here: fp32 [C, M, r].
 
     x: [M, K] bf16 or fp32, contiguous along K; K = parts * width, `parts` matrices side by side, chunk c the
-    c-th slice of every one. v: [K, r] bf16. num_chunks: C, dividing the width. Each chunk is summed in
-    ascending features on the tensor cores (fp32 products for fp32 x). `fold` adds the chunks.
+    c-th slice of every one. v: [K, r] bf16, contiguous along r. num_chunks: C, dividing the width. Each chunk
+    is summed in ascending features on the tensor cores (fp32 products for fp32 x). `fold` adds the chunks.
     """
     _require_factors("project", x, v)
     num_rows, num_features = x.shape
@@ -227,7 +230,7 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1) -> Tensor:
     partials = torch.empty(num_chunks, num_rows, rank, dtype=torch.float32, device=x.device)
     is_even = num_rows % _BLOCK_ROWS == 0 and chunk % _BLOCK_FEATURES == 0 and rank == padded
     _project_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS), num_chunks)](
-        as_loadable(x), as_loadable(v), partials, num_rows, x.stride(0), rank, width, chunk, parts,
+        as_loadable(x), as_loadable(v), partials, num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts,
         IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x), EVEN=is_even, RANK=padded,
         BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_FEATURES, num_warps=_NUM_WARPS, num_stages=4,
     )  # fmt: skip
@@ -272,8 +275,9 @@ def residual(
     """Return R = c(x - p v^T) and, with a factor F, the partial sums of R F.
 
     x: [M, K] bf16 or fp32 (the dtype c of R), contiguous along K. p: [M, r], v: [K, r], factor: [K, q], all
-    bf16 contiguous. amax: fp32 0-dim, raised to max |R| (NaN propagates). The product p v^T is summed in fp32
-    in ascending order of r; R is rounded once. Partial sums: fp32 [C, M, q] for `fold`.
+    bf16, contiguous along r and q (p as a whole). amax: fp32 0-dim, raised to max |R| (NaN propagates). The
+    product p v^T is summed in fp32 in ascending order of r; R is rounded once. Partial sums: fp32 [C, M, q]
+    for `fold`.
     """
     _require_factors("residual", x, v)
     num_rows, num_features = x.shape
@@ -296,7 +300,7 @@ def residual(
     is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
     _residual_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS), num_chunks)](
         as_loadable(x), as_loadable(p), as_loadable(v), None if factor is None else as_loadable(factor),
-        as_loadable(out), amax.view(torch.int32), partials, num_rows, num_features, x.stride(0), rank,
+        as_loadable(out), amax.view(torch.int32), partials, num_rows, num_features, x.stride(0), v.stride(0), 0 if factor is None else factor.stride(0), rank,
         num_f, chunk, IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x), EVEN=is_even,
         RANK=_padded(rank), NUM_F=_padded(num_f), BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_FEATURES,
         num_warps=_NUM_WARPS, num_stages=3,
@@ -316,10 +320,11 @@ def _require_factors(where: str, x: Tensor, v: Tensor) -> None:
             where,
             f"needs a bf16 or fp32 matrix contiguous along its columns, received {tuple(x.shape)} {x.dtype}",
         )
-    if v.dim() != 2 or v.shape[0] != x.shape[1] or v.dtype != torch.bfloat16 or not v.is_contiguous():
+    if v.dim() != 2 or v.shape[0] != x.shape[1] or v.dtype != torch.bfloat16 or v.stride(1) != 1:
         raise ShapeError(
             where,
-            f"needs a contiguous bf16 factor over {x.shape[1]} features, received {tuple(v.shape)} {v.dtype}",
+            f"needs a bf16 factor over {x.shape[1]} features, contiguous along its columns, received "
+            f"{tuple(v.shape)} {v.dtype}",
         )
     if not 1 <= v.shape[1] <= MAX_RANK:
         raise ShapeError(where, f"needs 1 to {MAX_RANK} columns, received {v.shape[1]}")

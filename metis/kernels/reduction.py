@@ -69,21 +69,21 @@ def _amax_both_kernel(
     TILE_C: tl.constexpr,
 ):
     tiles_per_row = tl.cdiv(num_cols, TILE_C)
-    plain = tl.zeros([TILE_R, TILE_C], dtype=tl.int32)
-    turned = tl.zeros([TILE_C, TILE_R], dtype=tl.int32)
+    plain = tl.zeros([TILE_C], dtype=tl.int32)
+    turned = tl.zeros([TILE_C], dtype=tl.int32)
     index = tl.program_id(0)
     while index < num_tiles:
         row_start = (index // tiles_per_row) * TILE_R
         col_start = (index % tiles_per_row) * TILE_C
         tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, 1,
                          IS_BF16, 0, NATIVE, TILE_R, TILE_C)  # fmt: skip
-        plain = tl.maximum(plain, magnitude_bits(tile))
+        plain = tl.maximum(plain, tl.max(magnitude_bits(tile), axis=0))
         rotated = rotate_tile(tl.trans(tile), signs, rotation_scale, ROTATION, NATIVE, TILE_C, TILE_R)
-        turned = tl.maximum(turned, magnitude_bits(rotated))
+        turned = tl.maximum(turned, tl.max(magnitude_bits(rotated), axis=1))
         index += tl.num_programs(0)
-    result = tl.max(tl.max(plain, axis=1), axis=0)
+    result = tl.max(plain, axis=0)
     tl.atomic_max(plain_out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
-    result = tl.max(tl.max(turned, axis=1), axis=0)
+    result = tl.max(turned, axis=0)
     tl.atomic_max(turned_out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
 
 

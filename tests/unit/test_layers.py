@@ -28,6 +28,7 @@ ROWS = (
     ("metis.operand",),
     ("metis.gemm",),
     ("metis.functional",),
+    ("metis.fused_linear",),
     ("metis.reparametrised", "metis.regularize"),
     ("metis.nn",),
     ("metis.diagnostics",),
