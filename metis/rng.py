@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class NoisePosition:
                 raise ConfigError("NoisePosition", f"{name} must lie in [0, 2^32), received {value}")
 
 
+@lru_cache(maxsize=65536)
 def stream_key(seed: int, *names: str) -> tuple[int, int]:
     """Return the Philox key of a named stream: two 32-bit words of blake2b(seed, names).
 

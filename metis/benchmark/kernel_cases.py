@@ -30,8 +30,20 @@ from metis.rng import NoisePosition, stream_key
 COPY = "bf16 clone"
 ROWS_RNE, COLUMNS_RNE = "1x16 rne, rows", "1x16 rne, columns"
 _SEED = 3
+_SPLIT_SHAPES = (
+    (64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 32, 8, 4),
+    (64, 64, 8, 4), (128, 64, 8, 2), (256, 64, 8, 3), (64, 128, 8, 2),
+)  # fmt: skip
 _TILES = {
-    False: ((16, 256, 1), (16, 256, 2), (16, 256, 4), (32, 256, 4), (16, 512, 4), (16, 1024, 8), (64, 128, 4)),
+    False: (
+        (16, 256, 1),
+        (16, 256, 2),
+        (16, 256, 4),
+        (32, 256, 4),
+        (16, 512, 4),
+        (16, 1024, 8),
+        (64, 128, 4),
+    ),
     True: ((256, 16, 1), (512, 16, 2), (1024, 16, 4), (128, 16, 1), (256, 32, 2)),
 }
 """(rows, columns, warps) to try for row-major and for transposed inputs."""
@@ -102,7 +114,7 @@ def kernel_cases(rows: int, cols: int, device: torch.device, *, tiles: bool = Fa
     if reason is not None:
         return [copy, KernelCase(name="Triton kernels", num_bytes=4 * rows * cols, reason=reason)]
     cases = [copy, *_quantizing(inputs), *_pairs(inputs), *_packing(inputs), *_splitting(inputs)]
-    return [*cases, *_tiles(inputs)] if tiles else cases
+    return [*cases, *_tiles(inputs), *_split_shapes(inputs)] if tiles else cases
 
 
 def _quantizing(inputs: _Inputs) -> Iterator[KernelCase]:
@@ -215,6 +227,30 @@ def _splitting(inputs: _Inputs) -> Iterator[KernelCase]:
         name=f"residual, amax and R V, rank {rank}", num_bytes=4 * n + 2 * thin_bytes, reference=ROWS_RNE,
         call=lambda i: kernels.fold(kernels.residual(xs[i], p, v, largest, v)[1]),
     )  # fmt: skip
+
+
+def _split_shapes(inputs: _Inputs) -> Iterator[KernelCase]:
+    """Yield projection and residual with other tiles."""
+    xs, n = inputs.xs, inputs.n
+    rows, cols = xs[0].shape
+    rank = min(recipe_rank(cols), cols)
+    v = torch.linalg.qr(torch.randn(cols, rank)).Q.contiguous().to(xs[0])
+    p = (xs[0].float() @ v.float()).bfloat16()
+    largest = torch.zeros((), device=v.device)
+    for shape in _SPLIT_SHAPES:
+        label = f"tile {shape[0]}x{shape[1]}, {shape[2]} warps, {shape[3]} stages"
+        yield KernelCase(
+            name=f"projection alone, {label}", num_bytes=2 * n, reference="amax",
+            call=lambda i, s=shape: kernels.project(xs[i], v, num_chunks_for(cols), shape=s),
+        )  # fmt: skip
+        yield KernelCase(
+            name=f"residual alone, {label}", num_bytes=4 * n, reference=ROWS_RNE,
+            call=lambda i, s=shape: kernels.residual(xs[i], p, v, largest, shape=s),
+        )  # fmt: skip
+        yield KernelCase(
+            name=f"residual and R V alone, {label}", num_bytes=4 * n, reference=ROWS_RNE,
+            call=lambda i, s=shape: kernels.residual(xs[i], p, v, largest, v, shape=s),
+        )  # fmt: skip
 
 
 def _tiles(inputs: _Inputs) -> Iterator[KernelCase]:

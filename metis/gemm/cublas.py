@@ -55,9 +55,11 @@ def is_available() -> bool:
     return _library() is not None
 
 
-@lru_cache(maxsize=32)
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+@lru_cache(maxsize=64)
+def _constants(device_index: int) -> tuple[Tensor, Tensor]:
+    """Return 1 and 0 in fp32 on a GPU."""
+    one, zero = torch.tensor([1.0, 0.0], dtype=torch.float32, device=f"cuda:{device_index}")
+    return one, zero
 
 
 def gemm(
@@ -85,8 +87,9 @@ def gemm(
         )
     op_a, lda = _operation(a, is_left=False)
     op_b, ldb = _operation(b, is_left=True)
-    alpha = _constant(1.0, a.device) if alpha is None else alpha
-    beta = _constant(1.0 if accumulate else 0.0, a.device)
+    one, zero = _constants(a.device.index)
+    alpha = one if alpha is None else alpha
+    beta = one if accumulate else zero
     handle = torch.cuda.current_blas_handle()
     library.cublasSetPointerMode_v2(handle, _POINTER_MODE_DEVICE)
     status = library.cublasGemmEx(

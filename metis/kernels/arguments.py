@@ -30,6 +30,12 @@ _BITS_PER_CALL = 128
 _MAX_INDEX = 2**31
 
 
+@lru_cache(maxsize=512)
+def _are_aligned(runs: Runs, length: int) -> bool:
+    """Whether runs are made of whole groups nj, nj + 1, ..., nj + n - 1 of `length` n."""
+    return all(first % length == 0 and size % length == 0 for first, size in runs)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelNoise:
     """Which random words stochastic rounding uses: those of `metis.rng.random_words`, bit for bit.
@@ -57,12 +63,7 @@ class KernelNoise:
 
     def features_are_aligned(self, num_random_bits: int) -> bool:
         """Whether the features that share a Philox call always lie side by side, which is much cheaper."""
-        position, per_call = 0, _BITS_PER_CALL // WORD_BITS_FOR[num_random_bits]
-        for first, length in self.features:
-            if first % per_call or position % per_call:
-                return False
-            position += length
-        return position % per_call == 0
+        return _are_aligned(self.features, _BITS_PER_CALL // WORD_BITS_FOR[num_random_bits])
 
     def counter_words(self) -> tuple[int, int, int, int]:
         """Return key and counter words as the signed 32-bit ints that a launch passes."""

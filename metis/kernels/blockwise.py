@@ -51,6 +51,7 @@ from metis.kernels.elementary import (
     sign_bits,
     tensor_scales,
 )
+from metis.kernels.launching import Launcher
 
 _TARGET = tl.constexpr(formats.TENSOR_SCALE_TARGET)
 _E8M0_MAX_BYTE = tl.constexpr(formats.E8M0_MAX_EXPONENT + formats.E8M0_EXPONENT_BIAS)
@@ -405,6 +406,9 @@ def store_tile(
     tl.store(base + rows[:, None] * stride_r + cols[None, :] * stride_c, value, mask=mask)
 
 
+_launch_quantize = Launcher(_quantize_kernel)
+
+
 def launch(
     x: Tensor,
     amax: Tensor | None,
@@ -429,17 +433,18 @@ def launch(
     if noise is not None:
         tokens, features = (indices_of(runs, device) for runs in (noise.tokens, noise.features))
         words = noise.counter_words()
-    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
-    _quantize_kernel[grid](
-        as_loadable(x), amax, signs, tokens, features, *output.pointers(), num_rows, num_cols, *x.stride(),
-        *output.operand_strides(), rotation_scale, *words,
-        IS_BF16=x.dtype == torch.bfloat16, SCALE_RULE=scale_rule,
-        BLOCK_R=block_shape[0], BLOCK_C=block_shape[1], ROTATION=rotation,
-        NUM_RANDOM_BITS=0 if noise is None else num_random_bits,
-        TOKENS_ARE_COLS=noise is not None and noise.tokens_are_cols,
-        ALIGNED=noise is not None and noise.features_are_aligned(num_random_bits), NATIVE=is_native(x),
-        WANT_PACKED=want_packed, WANT_OPERAND=want_operand,
-        TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
+    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols), 1)
+    signature = (
+        x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
+        0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
+        noise is not None and noise.features_are_aligned(num_random_bits), is_native(x), want_packed,
+        want_operand, tile.rows, tile.cols,
+    )  # fmt: skip
+    _launch_quantize(
+        grid,
+        (x, amax, signs, tokens, features, output.packed, output.scale_bytes, output.operand, num_rows,
+         num_cols, *x.stride(), *output.operand_strides(), rotation_scale),
+        signature, words, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return output
 

@@ -54,6 +54,12 @@ def load_float32(pointer, offsets, mask, IS_BF16: tl.constexpr):
 
 
 @triton.jit
+def as_int_pointer(pointer):
+    """Return a pointer to fp32 as one to int32: magnitudes are compared as integers."""
+    return pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
 def magnitude_bits(x):
     """Return the fp32 bits of |x| as int32: ordered as the magnitudes are, NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & MAGNITUDE_BITS

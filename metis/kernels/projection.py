@@ -20,21 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels.arguments import as_loadable, is_native, require_device
+from metis.kernels.arguments import is_native, require_device
 from metis.kernels.elementary import (
     EXPONENT_BITS,
     QUIET_NAN_BITS,
+    as_int_pointer,
     exact_bf16_bits,
     magnitude_bits,
     round_to_bf16,
 )
+from metis.kernels.launching import Launcher
 
 MAX_RANK = 128
 """Columns of V that one program holds."""
 
-_BLOCK_ROWS = 64
-_BLOCK_FEATURES = 64
-_NUM_WARPS = 4
+Shape = tuple[int, int, int, int]
+"""Rows and features of a tile, warps, stages of the software pipeline."""
+
+_PROJECT_SHAPE: Shape = (64, 64, 4, 4)
+_RESIDUAL_SHAPE: Shape = (64, 64, 4, 3)
 _MIN_DOT = 16
 _FOLD_BLOCK = 1024
 
@@ -204,19 +208,25 @@ def _residual_kernel(
             else:
                 total = tl.dot(left, factor, total, input_precision="ieee")
     result = tl.max(tl.max(largest, axis=1), axis=0)
-    tl.atomic_max(amax, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+    tl.atomic_max(as_int_pointer(amax), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
     if NUM_F > 0:
         base = partials + tl.program_id(1).to(tl.int64) * num_rows * num_f
         tl.store(base + row_index * num_f + f_columns[None, :], total,
                  mask=row_mask & (f_columns < num_f)[None, :])  # fmt: skip
 
 
-def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1) -> Tensor:
+_launch_project, _launch_fold, _launch_residual = (
+    Launcher(kernel) for kernel in (_project_kernel, _fold_kernel, _residual_kernel)
+)
+
+
+def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1, shape: Shape = _PROJECT_SHAPE) -> Tensor:
     """Return the partial sums of x V over the canonical chunks held here: fp32 [C, M, r].
 
     x: [M, K] bf16 or fp32, contiguous along K; K = parts * width, `parts` matrices side by side, chunk c the
     c-th slice of every one. v: [K, r] bf16, contiguous along r. num_chunks: C, dividing the width. Each chunk
     is summed in ascending features on the tensor cores (fp32 products for fp32 x). `fold` adds the chunks.
+    shape: for measuring; another one may change last bits.
     """
     _require_factors("project", x, v)
     num_rows, num_features = x.shape
@@ -228,11 +238,13 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1) -> Tensor:
     rank = v.shape[1]
     chunk, padded = width // num_chunks, _padded(rank)
     partials = torch.empty(num_chunks, num_rows, rank, dtype=torch.float32, device=x.device)
-    is_even = num_rows % _BLOCK_ROWS == 0 and chunk % _BLOCK_FEATURES == 0 and rank == padded
-    _project_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS), num_chunks)](
-        as_loadable(x), as_loadable(v), partials, num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts,
-        IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x), EVEN=is_even, RANK=padded,
-        BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_FEATURES, num_warps=_NUM_WARPS, num_stages=4,
+    block_rows, block_features, num_warps, num_stages = shape
+    is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == padded
+    _launch_project(
+        (triton.cdiv(num_rows, block_rows), num_chunks),
+        (x, v, partials, num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts),
+        (x.dtype == torch.bfloat16, is_native(x), is_even, padded, block_rows, block_features),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return partials
 
@@ -259,18 +271,23 @@ def fold(
     to_bf16 = out.dtype == torch.bfloat16
     assert other_out is None or (to_bf16 and other_out.dtype == torch.bfloat16)
     numel = num_rows * num_columns
-    _fold_kernel[(triton.cdiv(numel, _FOLD_BLOCK),)](
-        partials, factor, as_loadable(out), None if other_out is None else as_loadable(other_out), numel,
-        num_columns, out.stride(0), 0 if other_out is None else other_out.stride(0),
-        COUNT=count, HAS_FACTOR=factor is not None, TO_BF16=to_bf16, HAS_OTHER=other_out is not None,
-        NATIVE=is_native(partials), BLOCK=_FOLD_BLOCK,
+    other_stride = 0 if other_out is None else other_out.stride(0)
+    _launch_fold(
+        (triton.cdiv(numel, _FOLD_BLOCK), 1),
+        (partials, factor, out, other_out, numel, num_columns, out.stride(0), other_stride),
+        (count, factor is not None, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 def residual(
-    x: Tensor, p: Tensor, v: Tensor, amax: Tensor, factor: Tensor | None = None
+    x: Tensor,
+    p: Tensor,
+    v: Tensor,
+    amax: Tensor,
+    factor: Tensor | None = None,
+    shape: Shape = _RESIDUAL_SHAPE,
 ) -> tuple[Tensor, Tensor | None]:
     """Return R = c(x - p v^T) and, with a factor F, the partial sums of R F.
 
@@ -289,21 +306,24 @@ def residual(
     if factor is not None:
         _require_factors("residual", x, factor)
     num_f = 0 if factor is None else factor.shape[1]
-    num_chunks = 8 if num_features >= 8 * _BLOCK_FEATURES else 1
-    chunk = triton.cdiv(triton.cdiv(num_features, num_chunks), _BLOCK_FEATURES) * _BLOCK_FEATURES
+    block_rows, block_features, num_warps, num_stages = shape
+    num_chunks = 8 if num_features >= 8 * block_features else 1
+    chunk = triton.cdiv(triton.cdiv(num_features, num_chunks), block_features) * block_features
     out = torch.empty(num_rows, num_features, dtype=x.dtype, device=x.device)
     partials = None
     if factor is not None:
         partials = torch.empty(num_chunks, num_rows, num_f, dtype=torch.float32, device=x.device)
     rank = v.shape[1]
-    is_even = num_rows % _BLOCK_ROWS == 0 and chunk * num_chunks == num_features
+    is_even = num_rows % block_rows == 0 and chunk * num_chunks == num_features
     is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
-    _residual_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS), num_chunks)](
-        as_loadable(x), as_loadable(p), as_loadable(v), None if factor is None else as_loadable(factor),
-        as_loadable(out), amax.view(torch.int32), partials, num_rows, num_features, x.stride(0), v.stride(0), 0 if factor is None else factor.stride(0), rank,
-        num_f, chunk, IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x), EVEN=is_even,
-        RANK=_padded(rank), NUM_F=_padded(num_f), BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_FEATURES,
-        num_warps=_NUM_WARPS, num_stages=3,
+    stride_f = 0 if factor is None else factor.stride(0)
+    _launch_residual(
+        (triton.cdiv(num_rows, block_rows), num_chunks),
+        (x, p, v, factor, out, amax, partials, num_rows, num_features, x.stride(0), v.stride(0), stride_f,
+         rank, num_f, chunk),
+        (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), block_rows,
+         block_features),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, partials
 

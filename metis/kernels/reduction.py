@@ -6,15 +6,24 @@ integers does not depend on order, so one atomic per program is deterministic.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels.arguments import as_loadable, is_column_major, is_native, require_matrix, rotation_of
+from metis.kernels.arguments import is_column_major, is_native, require_matrix, rotation_of
 from metis.kernels.blockwise import Tile, load_tile, tile_of
-from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, magnitude_bits, rotate_tile
+from metis.kernels.elementary import (
+    EXPONENT_BITS,
+    QUIET_NAN_BITS,
+    as_int_pointer,
+    magnitude_bits,
+    rotate_tile,
+)
+from metis.kernels.launching import Launcher
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_UNDER_INTERPRETER = 3
@@ -48,7 +57,7 @@ def _amax_kernel(
         largest = tl.maximum(largest, magnitude_bits(tile))
         index += tl.num_programs(0)
     result = tl.max(tl.max(largest, axis=1), axis=0)
-    tl.atomic_max(out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+    tl.atomic_max(as_int_pointer(out), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
 
 
 @triton.jit
@@ -82,9 +91,12 @@ def _amax_both_kernel(
         turned = tl.maximum(turned, tl.max(magnitude_bits(rotated), axis=1))
         index += tl.num_programs(0)
     result = tl.max(plain, axis=0)
-    tl.atomic_max(plain_out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+    tl.atomic_max(as_int_pointer(plain_out), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
     result = tl.max(turned, axis=0)
-    tl.atomic_max(turned_out, tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+    tl.atomic_max(as_int_pointer(turned_out), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
+
+
+_launch_amax, _launch_amax_both = Launcher(_amax_kernel), Launcher(_amax_both_kernel)
 
 
 def amax_both(x: Tensor, sign_vector: tuple[int, ...], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,13 +112,14 @@ def amax_both(x: Tensor, sign_vector: tuple[int, ...], out: Tensor | None = None
     tile = Tile(rotation, 256, rotation // 16)
     num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
     out = torch.zeros(2, dtype=torch.float32, device=x.device) if out is None else out
-    bits = out.view(torch.int32)
-    _amax_both_kernel[(min(num_tiles, 2 * _max_programs(x.device)),)](
-        as_loadable(x), signs, bits[0], bits[1], *x.shape, x.stride(0), rotation_scale, num_tiles,
-        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x), TILE_R=tile.rows,
-        TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
+    plain, turned = out[0], out[1]
+    _launch_amax_both(
+        (min(num_tiles, 2 * _max_programs(x.device)), 1),
+        (x, signs, plain, turned, *x.shape, x.stride(0), rotation_scale, num_tiles),
+        (x.dtype == torch.bfloat16, rotation, is_native(x), tile.rows, tile.cols),
+        num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return out[0], out[1]
+    return plain, turned
 
 
 def amax(
@@ -131,14 +144,16 @@ def amax(
         tile = Tile(1, 4096, 4) if x.shape[0] == 1 and rotation == 0 else tile_of(x, (1, 1), rotation)
     num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
     out = torch.zeros((), dtype=torch.float32, device=x.device) if out is None else out
-    _amax_kernel[(min(num_tiles, _max_programs(x.device)),)](
-        as_loadable(x), signs, out.view(torch.int32), *x.shape, *x.stride(), rotation_scale, num_tiles,
-        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x),
-        TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
+    _launch_amax(
+        (min(num_tiles, _max_programs(x.device)), 1),
+        (x, signs, out, *x.shape, *x.stride(), rotation_scale, num_tiles),
+        (x.dtype == torch.bfloat16, rotation, is_native(x), tile.rows, tile.cols),
+        num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
+@lru_cache(maxsize=64)
 def _max_programs(device: torch.device) -> int:
     if device.type == "cpu":
         return _PROGRAMS_UNDER_INTERPRETER

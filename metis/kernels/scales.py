@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.kernels.arguments import require_amax
+from metis.kernels.launching import Launcher
 
 SMALLEST_INVERTIBLE = 2.0**-100
 """Where the inverse is used, alpha is held at this: what multiplies it and its inverse stays finite."""
@@ -25,6 +26,9 @@ def _gemm_scales_kernel(amax_a, amax_b, out, reciprocal, smallest, INVERTIBLE: t
     tl.store(out, alpha)
 
 
+_launch = Launcher(_gemm_scales_kernel)
+
+
 def gemm_scales(
     amax_a: Tensor, amax_b: Tensor, reciprocal_target: float, *, invertible: bool
 ) -> tuple[Tensor, Tensor]:
@@ -36,8 +40,8 @@ def gemm_scales(
     require_amax("gemm_scales", amax_a, amax_a.device)
     require_amax("gemm_scales", amax_b, amax_a.device)
     out = torch.empty(2, dtype=torch.float32, device=amax_a.device)
-    _gemm_scales_kernel[(1,)](
-        amax_a, amax_b, out, reciprocal_target, SMALLEST_INVERTIBLE, INVERTIBLE=invertible, num_warps=1,
+    _launch(
+        (1, 1), (amax_a, amax_b, out, reciprocal_target, SMALLEST_INVERTIBLE), (invertible,), num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out[0], out[1]
