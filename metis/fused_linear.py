@@ -42,6 +42,7 @@ from metis.operand import Axis
 MAX_RANK = 128
 """Columns of a basis that the kernels hold, of `metis.kernels.projection`."""
 
+_ANY_QUANTIZER = QuantizerConfig()
 _GEMMS = {
     "fprop": ("fprop_input", "fprop_weight"),
     "dgrad": ("dgrad_grad_output", "dgrad_weight"),
@@ -89,7 +90,7 @@ def can_run(x_MK: Tensor, plan: LinearPlan) -> bool:
         and x_MK.dtype == torch.bfloat16
         and plan.gather is None
         and isinstance(plan.backend, EmulatedGemm)
-        and can_fuse(x_MK, QuantizerConfig(), plan.backend.kernels)
+        and can_fuse(x_MK, _ANY_QUANTIZER, plan.backend.kernels)
     )
 
 

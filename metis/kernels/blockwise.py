@@ -26,10 +26,12 @@ from metis.kernels.arguments import (
     KernelNoise,
     KernelOutput,
     as_loadable,
+    ceil_div,
     empty_output,
     indices_of,
     is_column_major,
     is_native,
+    next_power_of_two,
     rotation_of,
 )
 from metis.kernels.elementary import (
@@ -98,9 +100,9 @@ def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile
     min_rows, min_cols = block_shape[0], max(block_shape[1], rotation_size)
     if is_column_major(x):
         # One warp holds whole blocks of a few neighbouring rows, so maxima and butterflies need no exchange.
-        rows = min(128, max(16, triton.next_power_of_2(x.shape[0])))
+        rows = min(128, max(16, next_power_of_two(x.shape[0])))
         return Tile(rows, min_cols, max(1, rows * min_cols // 2048))
-    cols = max(min_cols, min(256, triton.next_power_of_2(x.shape[1])))
+    cols = max(min_cols, min(256, next_power_of_two(x.shape[1])))
     return Tile(max(min_rows, 4096 // cols), cols, 4)
 
 
@@ -433,7 +435,7 @@ def launch(
     if noise is not None:
         tokens, features = (indices_of(runs, device) for runs in (noise.tokens, noise.features))
         words = noise.counter_words()
-    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols), 1)
+    grid = (ceil_div(num_rows, tile.rows) * ceil_div(num_cols, tile.cols), 1)
     signature = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
@@ -480,7 +482,7 @@ def launch_both(
         outputs,
         [(0, 0) if copy.noise is None else copy.noise.counter_words()[:2] for copy in (row_copy, col_copy)],
     )
-    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_cols, tile.cols),)
+    grid = (ceil_div(num_rows, tile.rows) * ceil_div(num_cols, tile.cols),)
     _quantize_both_kernel[grid](
         as_loadable(x), signs, tokens, features, row_copy.amax, *row.pointers(), row.operand_strides()[0],
         *keys[0], col_copy.amax, *col.pointers(), col.operand_strides()[1], *keys[1], *position, num_rows,

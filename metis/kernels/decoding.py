@@ -15,7 +15,13 @@ from torch import Tensor
 
 from metis.errors import ConfigError, ShapeError
 from metis.formats import FORMAT_BLOCK_SHAPES, TENSOR_SCALE_TARGET, as_float32
-from metis.kernels.arguments import INPUT_DTYPES, is_native, require_amax, require_device
+from metis.kernels.arguments import (
+    INPUT_DTYPES,
+    ceil_div,
+    is_native,
+    require_amax,
+    require_device,
+)
 from metis.kernels.blockwise import store_tile, times_blocks
 from metis.kernels.elementary import e2m1_value, e4m3_value, e8m0_value, exact_bf16_bits, round_to_bf16
 
@@ -124,7 +130,7 @@ def _launch(
     num_rows, num_cols = packed.shape[0], 2 * packed.shape[1]
     out = torch.empty(num_rows, num_cols, dtype=dtype, device=packed.device)
     is_bf16 = dtype == torch.bfloat16
-    grid = (triton.cdiv(num_rows, _TILE_ROWS) * triton.cdiv(num_cols, _TILE_COLS),)
+    grid = (ceil_div(num_rows, _TILE_ROWS) * ceil_div(num_cols, _TILE_COLS),)
     _decode_kernel[grid](
         packed, scale_bytes, amax, out.view(torch.int16) if is_bf16 else out, num_rows, num_cols,
         as_float32(1 / scale_target), HAS_AMAX=amax is not None, IS_BF16=is_bf16, NATIVE=is_native(packed),

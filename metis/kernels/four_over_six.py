@@ -13,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from metis import formats
-from metis.kernels.arguments import KernelOutput, as_loadable, empty_output
+from metis.kernels.arguments import (
+    KernelOutput,
+    as_loadable,
+    ceil_div,
+    empty_output,
+)
 from metis.kernels.blockwise import Tile, block_amax, load_tile, tile_of, times_blocks, write_outputs
 from metis.kernels.elementary import (
     E2M1_MAX,
@@ -155,7 +160,7 @@ def launch_four_over_six(
     """Run the kernel on checked arguments; the decoded number is `e2m1 * scale * amax / 1536`."""
     tile = tile or tile_of(x, block_shape, 0)
     output = empty_output(x, block_shape, want_packed, want_operand, operand_out)
-    grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols),)
+    grid = (ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols),)
     _four_over_six_kernel[grid](
         as_loadable(x), amax, *output.pointers(), *x.shape, *x.stride(), *output.operand_strides(),
         IS_BF16=x.dtype == torch.bfloat16, SQUARED=error == "mse", BLOCK_R=block_shape[0],

@@ -20,7 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels.arguments import is_native, require_device
+from metis.kernels.arguments import (
+    ceil_div,
+    is_native,
+    next_power_of_two,
+    require_device,
+)
 from metis.kernels.elementary import (
     EXPONENT_BITS,
     QUIET_NAN_BITS,
@@ -241,7 +246,7 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1, shape: Shape 
     block_rows, block_features, num_warps, num_stages = shape
     is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == padded
     _launch_project(
-        (triton.cdiv(num_rows, block_rows), num_chunks),
+        (ceil_div(num_rows, block_rows), num_chunks),
         (x, v, partials, num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts),
         (x.dtype == torch.bfloat16, is_native(x), is_even, padded, block_rows, block_features),
         num_warps=num_warps, num_stages=num_stages,
@@ -273,7 +278,7 @@ def fold(
     numel = num_rows * num_columns
     other_stride = 0 if other_out is None else other_out.stride(0)
     _launch_fold(
-        (triton.cdiv(numel, _FOLD_BLOCK), 1),
+        (ceil_div(numel, _FOLD_BLOCK), 1),
         (partials, factor, out, other_out, numel, num_columns, out.stride(0), other_stride),
         (count, factor is not None, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
         num_warps=4, enable_fp_fusion=False,
@@ -308,7 +313,7 @@ def residual(
     num_f = 0 if factor is None else factor.shape[1]
     block_rows, block_features, num_warps, num_stages = shape
     num_chunks = 8 if num_features >= 8 * block_features else 1
-    chunk = triton.cdiv(triton.cdiv(num_features, num_chunks), block_features) * block_features
+    chunk = ceil_div(ceil_div(num_features, num_chunks), block_features) * block_features
     out = torch.empty(num_rows, num_features, dtype=x.dtype, device=x.device)
     partials = None
     if factor is not None:
@@ -318,7 +323,7 @@ def residual(
     is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
     stride_f = 0 if factor is None else factor.stride(0)
     _launch_residual(
-        (triton.cdiv(num_rows, block_rows), num_chunks),
+        (ceil_div(num_rows, block_rows), num_chunks),
         (x, p, v, factor, out, amax, partials, num_rows, num_features, x.stride(0), v.stride(0), stride_f,
          rank, num_f, chunk),
         (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), block_rows,
@@ -330,7 +335,7 @@ def residual(
 
 def _padded(rank: int) -> int:
     """Return the columns that a dot works on, 0 for none."""
-    return 0 if rank == 0 else max(_MIN_DOT, triton.next_power_of_2(rank))
+    return 0 if rank == 0 else max(_MIN_DOT, next_power_of_two(rank))
 
 
 def _require_factors(where: str, x: Tensor, v: Tensor) -> None:

@@ -14,7 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels.arguments import is_column_major, is_native, require_matrix, rotation_of
+from metis.kernels.arguments import (
+    ceil_div,
+    is_column_major,
+    is_native,
+    require_matrix,
+    rotation_of,
+)
 from metis.kernels.blockwise import Tile, load_tile, tile_of
 from metis.kernels.elementary import (
     EXPONENT_BITS,
@@ -110,7 +116,7 @@ def amax_both(x: Tensor, sign_vector: tuple[int, ...], out: Tensor | None = None
         raise ShapeError("amax_both", f"needs a row-major matrix, received strides {x.stride()}")
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
     tile = Tile(rotation, 256, rotation // 16)
-    num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
+    num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
     out = torch.zeros(2, dtype=torch.float32, device=x.device) if out is None else out
     plain, turned = out[0], out[1]
     _launch_amax_both(
@@ -142,7 +148,7 @@ def amax(
         x = x.reshape(1, -1) if x.is_contiguous() else x
     if tile is None:
         tile = Tile(1, 4096, 4) if x.shape[0] == 1 and rotation == 0 else tile_of(x, (1, 1), rotation)
-    num_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
+    num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
     out = torch.zeros((), dtype=torch.float32, device=x.device) if out is None else out
     _launch_amax(
         (min(num_tiles, _max_programs(x.device)), 1),

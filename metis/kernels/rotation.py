@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metis.kernels.arguments import as_loadable, empty_operand, is_native, require_matrix, rotation_of
+from metis.kernels.arguments import (
+    as_loadable,
+    ceil_div,
+    empty_operand,
+    is_native,
+    require_matrix,
+    rotation_of,
+)
 from metis.kernels.blockwise import Tile, load_tile, store_tile, tile_of
 from metis.kernels.elementary import exact_bf16_bits
 
@@ -52,7 +59,7 @@ def rotate(x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None = None) ->
     require_matrix("rotate", x, (1, 1), sign_vector)
     tile = tile or tile_of(x, (1, 1), rotation)
     out = empty_operand(x)
-    grid = (triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(x.shape[1], tile.cols),)
+    grid = (ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols),)
     _rotate_kernel[grid](
         as_loadable(x), signs, out.view(torch.int16), *x.shape, *x.stride(), *out.stride(), rotation_scale,
         IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x),
