@@ -120,11 +120,17 @@ def load_tile(
     IS_BF16: tl.constexpr,
     ROTATION: tl.constexpr,
     NATIVE: tl.constexpr,
+    NARROW: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
-    """Return a tile as fp32 [TILE_R, TILE_C], rotated and rounded to bf16 if ROTATION > 0; zero outside."""
+    """Return a tile as fp32 [TILE_R, TILE_C], rotated and rounded to bf16 if ROTATION > 0; zero outside.
+
+    NARROW: a thread takes four neighbouring rows instead of eight, and so all columns of a block.
+    """
     rows = tl.arange(0, TILE_R)
+    if NARROW:
+        rows = tl.max_contiguous(rows, 4)
     cols = tl.arange(0, TILE_C)
     base = x + row_start.to(tl.int64) * stride_r + col_start.to(tl.int64) * stride_c
     mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
@@ -213,6 +219,7 @@ def encode_tile(
     TOKENS_ARE_COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
+    NARROW: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -233,8 +240,8 @@ def encode_tile(
     value, code = round_to_e2m1(y, random, NUM_RANDOM_BITS, NATIVE)
     write_outputs(value, code, y, scale, byte, packed, scale_bytes, operand, row_start, col_start, num_rows,
                   num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
-                  NAN_CODE if NUM_RANDOM_BITS > 0 else 0, WANT_PACKED, WANT_OPERAND, TILE_R,
-                  TILE_C)  # fmt: skip
+                  NAN_CODE if NUM_RANDOM_BITS > 0 else 0, NARROW, WANT_PACKED, WANT_OPERAND,
+                  TILE_R, TILE_C)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_STEP_DEPENDENT)
@@ -267,6 +274,7 @@ def _quantize_kernel(
     TOKENS_ARE_COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
+    NARROW: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -276,11 +284,11 @@ def _quantize_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
-                     IS_BF16, ROTATION, NATIVE, TILE_R, TILE_C)  # fmt: skip
+                     IS_BF16, ROTATION, NATIVE, NARROW, TILE_R, TILE_C)  # fmt: skip
     encode_tile(tile, amax, tokens, features, packed, scale_bytes, operand, row_start, col_start, num_rows,
                 num_cols, operand_stride_r, operand_stride_c, key_0, key_1, microbatch, step, SCALE_RULE,
-                BLOCK_R, BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, WANT_PACKED,
-                WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
+                BLOCK_R, BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, NARROW,
+                WANT_PACKED, WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("row_key_0", "row_key_1", "col_key_0", "col_key_1", "microbatch", "step"))
@@ -327,18 +335,18 @@ def _quantize_both_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, 1,
-                     IS_BF16, 0, NATIVE, TILE_R, TILE_C)  # fmt: skip
+                     IS_BF16, 0, NATIVE, False, TILE_R, TILE_C)  # fmt: skip
     encode_tile(tile, row_amax, tokens, features, row_packed, row_scale_bytes, row_operand, row_start,
                 col_start, num_rows, num_cols, row_stride, 1, row_key_0, row_key_1, microbatch, step,
-                ROW_SCALE_RULE, 1, BLOCK, ROW_RANDOM_BITS, False, ALIGNED, NATIVE, ROW_WANT_PACKED, True,
-                TILE_R, TILE_C)  # fmt: skip
+                ROW_SCALE_RULE, 1, BLOCK, ROW_RANDOM_BITS, False, ALIGNED, NATIVE, False, ROW_WANT_PACKED,
+                True, TILE_R, TILE_C)  # fmt: skip
     turned = tl.trans(tile)
     if COL_ROTATION > 0:
         turned = rotate_tile(turned, signs, rotation_scale, COL_ROTATION, NATIVE, TILE_C, TILE_R)
     encode_tile(turned, col_amax, tokens, features, col_packed, col_scale_bytes, col_operand, col_start,
                 row_start, num_cols, num_rows, 1, col_stride, col_key_0, col_key_1, microbatch, step,
-                COL_SCALE_RULE, 1, BLOCK, COL_RANDOM_BITS, True, ALIGNED, NATIVE, COL_WANT_PACKED, True,
-                TILE_C, TILE_R)  # fmt: skip
+                COL_SCALE_RULE, 1, BLOCK, COL_RANDOM_BITS, True, ALIGNED, NATIVE, False, COL_WANT_PACKED,
+                True, TILE_C, TILE_R)  # fmt: skip
 
 
 @triton.jit
@@ -360,6 +368,7 @@ def write_outputs(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CODE_OF_NAN: tl.constexpr,
+    NARROW: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -375,7 +384,7 @@ def write_outputs(
         decoded = times_blocks(value, scale, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
         bits = (decoded.to(tl.int32, bitcast=True) | sign) >> 16
         store_tile(operand, bits.to(tl.int16), row_start, col_start, num_rows, num_cols, operand_stride_r,
-                   operand_stride_c, TILE_R, TILE_C)  # fmt: skip
+                   operand_stride_c, TILE_R, TILE_C, NARROW)  # fmt: skip
     if WANT_PACKED:
         # y is NaN where its block's scale is, and nowhere else.
         code = tl.where(y == y, code | ((sign >> 28) & E2M1_SIGN_BIT), CODE_OF_NAN)
@@ -399,9 +408,12 @@ def store_tile(
     stride_c,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
+    NARROW: tl.constexpr = False,
 ):
     """Write a tile [TILE_R, TILE_C] where it lies inside the matrix."""
     rows = tl.arange(0, TILE_R)
+    if NARROW:
+        rows = tl.max_contiguous(rows, 4)
     cols = tl.arange(0, TILE_C)
     base = out + row_start.to(tl.int64) * stride_r + col_start.to(tl.int64) * stride_c
     mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
@@ -439,8 +451,8 @@ def launch(
     signature = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
-        noise is not None and noise.features_are_aligned(num_random_bits), is_native(x), want_packed,
-        want_operand, tile.rows, tile.cols,
+        noise is not None and noise.features_are_aligned(num_random_bits), is_native(x),
+        is_column_major(x), want_packed, want_operand, tile.rows, tile.cols,
     )  # fmt: skip
     _launch_quantize(
         grid,

@@ -128,7 +128,7 @@ def _four_over_six_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, None, 1.0, row_start, col_start, num_rows, num_cols, stride_r, stride_c, IS_BF16, 0,
-                     False, TILE_R, TILE_C)  # fmt: skip
+                     False, False, TILE_R, TILE_C)  # fmt: skip
     amax_value = tl.load(amax)
     tensor_encode, tensor_decode = tensor_scales(amax_value, _TARGET)
     base = tl.div_rn(block_amax(tile, BLOCK_R, 16, TILE_R, TILE_C), E2M1_MAX) * tensor_encode
@@ -143,7 +143,7 @@ def _four_over_six_kernel(
     write_outputs(tl.where(take_4, value_4, value_6), tl.where(take_4, code_4, code_6),
                   tl.where(take_4, y_4, y_6), scale, e4m3_byte(scale), packed, scale_bytes, operand,
                   row_start, col_start, num_rows, num_cols, operand_stride_r, operand_stride_c, BLOCK_R, 16,
-                  0, WANT_PACKED, WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
+                  0, False, WANT_PACKED, WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
 
 
 def launch_four_over_six(

@@ -49,6 +49,7 @@ def _amax_kernel(
     IS_BF16: tl.constexpr,
     ROTATION: tl.constexpr,
     NATIVE: tl.constexpr,
+    NARROW: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -59,7 +60,7 @@ def _amax_kernel(
         row_start = (index // tiles_per_row) * TILE_R
         col_start = (index % tiles_per_row) * TILE_C
         tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r,
-                         stride_c, IS_BF16, ROTATION, NATIVE, TILE_R, TILE_C)  # fmt: skip
+                         stride_c, IS_BF16, ROTATION, NATIVE, NARROW, TILE_R, TILE_C)  # fmt: skip
         largest = tl.maximum(largest, magnitude_bits(tile))
         index += tl.num_programs(0)
     result = tl.max(tl.max(largest, axis=1), axis=0)
@@ -91,7 +92,7 @@ def _amax_both_kernel(
         row_start = (index // tiles_per_row) * TILE_R
         col_start = (index % tiles_per_row) * TILE_C
         tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, 1,
-                         IS_BF16, 0, NATIVE, TILE_R, TILE_C)  # fmt: skip
+                         IS_BF16, 0, NATIVE, False, TILE_R, TILE_C)  # fmt: skip
         plain = tl.maximum(plain, tl.max(magnitude_bits(tile), axis=0))
         rotated = rotate_tile(tl.trans(tile), signs, rotation_scale, ROTATION, NATIVE, TILE_C, TILE_R)
         turned = tl.maximum(turned, tl.max(magnitude_bits(rotated), axis=1))
@@ -153,7 +154,7 @@ def amax(
     _launch_amax(
         (min(num_tiles, _max_programs(x.device)), 1),
         (x, signs, out, *x.shape, *x.stride(), rotation_scale, num_tiles),
-        (x.dtype == torch.bfloat16, rotation, is_native(x), tile.rows, tile.cols),
+        (x.dtype == torch.bfloat16, rotation, is_native(x), is_column_major(x), tile.rows, tile.cols),
         num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

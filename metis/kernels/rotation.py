@@ -14,6 +14,7 @@ from metis.kernels.arguments import (
     as_loadable,
     ceil_div,
     empty_operand,
+    is_column_major,
     is_native,
     require_matrix,
     rotation_of,
@@ -37,6 +38,7 @@ def _rotate_kernel(
     IS_BF16: tl.constexpr,
     ROTATION: tl.constexpr,
     NATIVE: tl.constexpr,
+    NARROW: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -44,9 +46,9 @@ def _rotate_kernel(
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
-                     IS_BF16, ROTATION, NATIVE, TILE_R, TILE_C)  # fmt: skip
+                     IS_BF16, ROTATION, NATIVE, NARROW, TILE_R, TILE_C)  # fmt: skip
     store_tile(out, exact_bf16_bits(tile), row_start, col_start, num_rows, num_cols, out_stride_r,
-               out_stride_c, TILE_R, TILE_C)  # fmt: skip
+               out_stride_c, TILE_R, TILE_C, NARROW)  # fmt: skip
 
 
 def rotate(x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None = None) -> Tensor:
@@ -62,7 +64,7 @@ def rotate(x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None = None) ->
     grid = (ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols),)
     _rotate_kernel[grid](
         as_loadable(x), signs, out.view(torch.int16), *x.shape, *x.stride(), *out.stride(), rotation_scale,
-        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x),
+        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x), NARROW=is_column_major(x),
         TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
