@@ -487,7 +487,8 @@ def deliver_weight_grad(weight: Tensor, dw: Tensor) -> Tensor:
 def as_placeholder(weight: Tensor) -> Tensor:
     """Mark a gradient as accumulated already and return what stands for it in autograd."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return weight.new_zeros(()).expand(weight.shape)
+    # Not written, and dense: autograd would copy an expanded one.
+    return torch.empty_like(weight)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

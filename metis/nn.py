@@ -75,6 +75,7 @@ class OperandBasis(nn.Module):
         )
         self.state = self._local(whole)
         self.tracks_drift, self.drift_degrees = False, None
+        self._active: tuple[Tensor, str, Tensor | None] | None = None
         self._pending: _Pending | None = None
 
     def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
@@ -85,8 +86,15 @@ class OperandBasis(nn.Module):
 
     @property
     def active(self) -> Tensor | None:
-        """The basis in use, [K_local, r] bf16, or None before the first refresh."""
-        return algebra.active_basis(self.state)
+        """The basis in use, [K_local, r] bf16 contiguous, or None before the first refresh.
+
+        The same tensor until the state gets another v: what is made from it can be kept by its identity.
+        """
+        state = self.state
+        if self._active is None or self._active[0] is not state.v or self._active[1] != state.phase:
+            v = algebra.active_basis(state)
+            self._active = (state.v, state.phase, None if v is None else v.contiguous())
+        return self._active[2]
 
     def wants_sketch(self, step: int) -> bool:
         """Whether backward of optimizer step `step` must sketch."""
