@@ -38,18 +38,21 @@ class Launcher:
         if not first.is_cuda:  # the interpreter, or a compilation without a device
             self._compile(grid, args, constants, volatile, options)
             return
-        key: list[Any] = [first.device.index, constants, *options.values()]
+        device = first.device.index
+        key: list[Any] = [device, grid, constants, *options.values()]
         for argument in args:
             if isinstance(argument, Tensor):
                 key.append((argument.data_ptr() & 15, argument.dtype))
             else:
                 key.append(argument)
         kind = tuple(key)
-        compiled = self._compiled.get(kind)
-        if compiled is None:
-            self._compiled[kind] = self._compile(grid, args, constants, volatile, options)
+        run = self._compiled.get(kind)
+        if run is None:
+            compiled = self._compile(grid, args, constants, volatile, options)
+            self._compiled[kind] = compiled[(*grid, 1)]
         else:
-            compiled[(grid[0], grid[1], 1)](*args, *volatile, *constants)
+            # The stream is named, or Triton would look it up through its driver's proxy.
+            run(*args, *volatile, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
 
     def _compile(
         self,
