@@ -9,6 +9,7 @@ random words come from the counters of `metis.rng`, and tests compare bytes.
     quantize_both, amax_both          the same of a matrix and its transpose, in one read
     project, fold, residual           P = x V in canonical chunks, R = x - P V^T (own bits, see projection.py)
     decode_operand, dequantize        bytes back to numbers
+    place                             thin factors of a product beside its operands
     gemm_scales                       what multiplies an NVFP4 product, and its inverse
 
 Traps:
@@ -24,6 +25,7 @@ from typing import Any
 
 _HOMES = {
     "CopyRequest": "both",
+    "GemmScales": "blockwise",
     "KernelNoise": "arguments",
     "KernelOutput": "arguments",
     "amax": "reduction",
@@ -32,7 +34,9 @@ _HOMES = {
     "dequantize": "decoding",
     "fold": "projection",
     "gemm_scales": "scales",
+    "Thin": "placing",
     "is_available": "availability",
+    "place": "placing",
     "project": "projection",
     "quantize_both": "both",
     "quantize_mxfp4": "mxfp4",
@@ -48,4 +52,6 @@ def __getattr__(name: str) -> Any:
     """Load the module that defines a public name (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value

@@ -54,6 +54,7 @@ from metis.kernels.elementary import (
     tensor_scales,
 )
 from metis.kernels.launching import Launcher
+from metis.kernels.scales import write_gemm_scales
 
 _TARGET = tl.constexpr(formats.TENSOR_SCALE_TARGET)
 _E8M0_MAX_BYTE = tl.constexpr(formats.E8M0_MAX_EXPONENT + formats.E8M0_EXPONENT_BIAS)
@@ -77,6 +78,19 @@ class Tile:
     rows: int
     cols: int
     num_warps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmScales:
+    """What a quantising kernel writes beside its operand: `metis.kernels.gemm_scales` with `other_amax`.
+
+    out: fp32 [2].
+    """
+
+    other_amax: Tensor
+    out: Tensor
+    reciprocal_target: float
+    invertible: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +275,9 @@ def _quantize_kernel(
     operand_stride_r,
     operand_stride_c,
     rotation_scale,
+    other_amax,
+    alpha,
+    reciprocal,
     key_0,
     key_1,
     microbatch,
@@ -275,11 +292,16 @@ def _quantize_kernel(
     ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
     NARROW: tl.constexpr,
+    WANT_ALPHA: tl.constexpr,
+    INVERTIBLE: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
+    if WANT_ALPHA:
+        if tl.program_id(0) == 0:
+            write_gemm_scales(amax, other_amax, alpha, reciprocal, INVERTIBLE)
     tiles_per_row = tl.cdiv(num_cols, TILE_C)
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
@@ -435,9 +457,13 @@ def launch(
     want_packed: bool,
     want_operand: bool,
     operand_out: Tensor | None = None,
+    gemm_scales: GemmScales | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
-    """Run the kernel on checked arguments; `tile` overrides `tile_of` (for measuring)."""
+    """Run the kernel on checked arguments; `tile` overrides `tile_of` (for measuring).
+
+    gemm_scales: what else to write, from the amax of this matrix and of another one.
+    """
     num_rows, num_cols = x.shape
     device = x.device
     signs, rotation, rotation_scale = rotation_of(sign_vector, device)
@@ -447,17 +473,21 @@ def launch(
     if noise is not None:
         tokens, features = (indices_of(runs, device) for runs in (noise.tokens, noise.features))
         words = noise.counter_words()
+    other: tuple[Tensor | float | None, ...] = (None, None, 0.0)
+    if gemm_scales is not None:
+        other = gemm_scales.other_amax, gemm_scales.out, gemm_scales.reciprocal_target
     grid = (ceil_div(num_rows, tile.rows) * ceil_div(num_cols, tile.cols), 1)
     signature = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
         noise is not None and noise.features_are_aligned(num_random_bits), is_native(x),
-        is_column_major(x), want_packed, want_operand, tile.rows, tile.cols,
+        is_column_major(x), gemm_scales is not None, gemm_scales is not None and gemm_scales.invertible,
+        want_packed, want_operand, tile.rows, tile.cols,
     )  # fmt: skip
     _launch_quantize(
         grid,
         (x, amax, signs, tokens, features, output.packed, output.scale_bytes, output.operand, num_rows,
-         num_cols, *x.stride(), *output.operand_strides(), rotation_scale),
+         num_cols, *x.stride(), *output.operand_strides(), rotation_scale, *other),
         signature, words, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return output

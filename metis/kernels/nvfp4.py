@@ -14,7 +14,7 @@ from metis.kernels.arguments import (
     require_outputs,
     require_rounding,
 )
-from metis.kernels.blockwise import NVFP4_STANDARD, NVFP4_UP, Tile, launch
+from metis.kernels.blockwise import NVFP4_STANDARD, NVFP4_UP, GemmScales, Tile, launch
 from metis.kernels.four_over_six import launch_four_over_six
 
 SCALE_RULES = {"standard": NVFP4_STANDARD, "up": NVFP4_UP}
@@ -34,6 +34,7 @@ def quantize_nvfp4(
     want_packed: bool = False,
     want_operand: bool = True,
     operand_out: Tensor | None = None,
+    gemm_scales: GemmScales | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Quantise a matrix by the formulas of `metis.quantize.nvfp4`, bit for bit.
@@ -44,7 +45,8 @@ def quantize_nvfp4(
     of each. sign_vector: rotate first (`metis.quantize.random_hadamard` with these signs; 16, 32, 64 or 128).
     four_over_six: "mae" or "mse", as the oracle; with rounding "rne", scales "standard" and no rotation only.
     want_packed, want_operand: which outputs are written, at least one. operand_out: bf16 [R, C] of any
-    strides for the operand, None: a new tensor. tile: for measuring; None chooses.
+    strides for the operand, None: a new tensor. gemm_scales: the factor of the product with another
+    operand, written in the same launch (not with four_over_six). tile: for measuring; None chooses.
 
     Raises ShapeError and ConfigError as the oracle does, and ConfigError where kernels cannot run.
     """
@@ -61,6 +63,7 @@ def quantize_nvfp4(
     require_amax("quantize_nvfp4", amax, x.device)
     if four_over_six is not None:
         _require_plain(rounding, scale_rounding, sign_vector, four_over_six)
+        assert gemm_scales is None
         return launch_four_over_six(
             x, amax, block_shape=block_shape, error=four_over_six, want_packed=want_packed,
             want_operand=want_operand, operand_out=operand_out, tile=tile,
@@ -68,7 +71,7 @@ def quantize_nvfp4(
     return launch(
         x, amax, scale_rule=SCALE_RULES[scale_rounding], block_shape=block_shape, sign_vector=sign_vector,
         noise=noise, num_random_bits=num_random_bits, want_packed=want_packed, want_operand=want_operand,
-        operand_out=operand_out, tile=tile,
+        operand_out=operand_out, gemm_scales=gemm_scales, tile=tile,
     )  # fmt: skip
 
 

@@ -14,16 +14,25 @@ SMALLEST_INVERTIBLE = 2.0**-100
 """Where the inverse is used, alpha is held at this: what multiplies it and its inverse stays finite."""
 
 
+_SMALLEST = tl.constexpr(SMALLEST_INVERTIBLE)
+
+
 @triton.jit
-def _gemm_scales_kernel(amax_a, amax_b, out, reciprocal, smallest, INVERTIBLE: tl.constexpr):
+def write_gemm_scales(amax_a, amax_b, out, reciprocal, INVERTIBLE: tl.constexpr):
+    """Write alpha, and 1 / alpha behind it where it is asked for, from pointers to the two amaxes."""
     a = tl.load(amax_a)
     b = tl.load(amax_b)
     alpha = (a * b) * reciprocal
     if INVERTIBLE:
         # A zero amax means codes of zero, which any factor suits; NaN passes both comparisons.
-        alpha = tl.where((a == 0.0) | (b == 0.0), 1.0, tl.where(alpha < smallest, smallest, alpha))
+        alpha = tl.where((a == 0.0) | (b == 0.0), 1.0, tl.where(alpha < _SMALLEST, _SMALLEST, alpha))
         tl.store(out + 1, tl.div_rn(1.0, alpha))
     tl.store(out, alpha)
+
+
+@triton.jit
+def _gemm_scales_kernel(amax_a, amax_b, out, reciprocal, INVERTIBLE: tl.constexpr):
+    write_gemm_scales(amax_a, amax_b, out, reciprocal, INVERTIBLE)
 
 
 _launch = Launcher(_gemm_scales_kernel)
@@ -41,7 +50,7 @@ def gemm_scales(
     require_amax("gemm_scales", amax_b, amax_a.device)
     out = torch.empty(2, dtype=torch.float32, device=amax_a.device)
     _launch(
-        (1, 1), (amax_a, amax_b, out, reciprocal_target, SMALLEST_INVERTIBLE), (invertible,), num_warps=1,
+        (1, 1), (amax_a, amax_b, out, reciprocal_target), (invertible,), num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out[0], out[1]
