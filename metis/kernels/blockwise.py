@@ -14,6 +14,7 @@ Shape letters: R rows, C columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from metis.kernels.arguments import (
     KernelOutput,
     as_loadable,
     ceil_div,
+    empty_operand,
     empty_output,
     indices_of,
     is_column_major,
@@ -53,7 +55,7 @@ from metis.kernels.elementary import (
     sign_bits,
     tensor_scales,
 )
-from metis.kernels.launching import Launcher
+from metis.kernels.launching import Key, Launcher, Prepared, layout
 from metis.kernels.scales import write_gemm_scales
 
 _TARGET = tl.constexpr(formats.TENSOR_SCALE_TARGET)
@@ -268,6 +270,8 @@ def _quantize_kernel(
     packed,
     scale_bytes,
     operand,
+    other_amax,
+    alpha,
     num_rows,
     num_cols,
     stride_r,
@@ -275,8 +279,6 @@ def _quantize_kernel(
     operand_stride_r,
     operand_stride_c,
     rotation_scale,
-    other_amax,
-    alpha,
     reciprocal,
     key_0,
     key_1,
@@ -442,13 +444,14 @@ def store_tile(
     tl.store(base + rows[:, None] * stride_r + cols[None, :] * stride_c, value, mask=mask)
 
 
-_launch_quantize = Launcher(_quantize_kernel)
+_quantizers = Launcher(_quantize_kernel)
 
 
 def launch(
     x: Tensor,
     amax: Tensor | None,
     *,
+    check: Callable[[], None],
     scale_rule: int,
     block_shape: tuple[int, int],
     sign_vector: tuple[int, ...] | None,
@@ -460,37 +463,68 @@ def launch(
     gemm_scales: GemmScales | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
-    """Run the kernel on checked arguments; `tile` overrides `tile_of` (for measuring).
+    """Run the kernel; `check` refuses wrong arguments, `tile` overrides `tile_of` (for measuring).
 
     gemm_scales: what else to write, from the amax of this matrix and of another one.
     """
-    num_rows, num_cols = x.shape
-    device = x.device
-    signs, rotation, rotation_scale = rotation_of(sign_vector, device)
-    tile = tile or tile_of(x, block_shape, rotation)
+    key = (
+        layout(x), layout(operand_out), scale_rule, block_shape, sign_vector,
+        None if noise is None else (noise.tokens, noise.features, noise.tokens_are_cols, num_random_bits),
+        want_packed, want_operand,
+        None if gemm_scales is None else (gemm_scales.reciprocal_target, gemm_scales.invertible), tile,
+    )  # fmt: skip
+    ready = _quantizers.ready(key)
+    if ready is None:
+        check()
+        ready = _prepare(
+            key, x, operand_out, scale_rule, block_shape, sign_vector, noise, num_random_bits, want_packed,
+            want_operand, gemm_scales, tile,
+        )  # fmt: skip
     output = empty_output(x, block_shape, want_packed, want_operand, operand_out)
-    tokens, features, words = None, None, (0, 0, 0, 0)
+    other = (None, None) if gemm_scales is None else (gemm_scales.other_amax, gemm_scales.out)
+    ready(
+        (x, amax, *ready.kept, output.packed, output.scale_bytes, output.operand, *other),
+        (0, 0, 0, 0) if noise is None else noise.counter_words(),
+    )
+    return output
+
+
+def _prepare(
+    key: Key,
+    x: Tensor,
+    operand_out: Tensor | None,
+    scale_rule: int,
+    block_shape: tuple[int, int],
+    sign_vector: tuple[int, ...] | None,
+    noise: KernelNoise | None,
+    num_random_bits: int,
+    want_packed: bool,
+    want_operand: bool,
+    gemm_scales: GemmScales | None,
+    tile: Tile | None,
+) -> Prepared:
+    num_rows, num_cols = x.shape
+    signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
+    tile = tile or tile_of(x, block_shape, rotation)
+    strides = (0, 0)
+    if want_operand:
+        strides = empty_operand(x).stride() if operand_out is None else operand_out.stride()
+    tokens = features = None
     if noise is not None:
-        tokens, features = (indices_of(runs, device) for runs in (noise.tokens, noise.features))
-        words = noise.counter_words()
-    other: tuple[Tensor | float | None, ...] = (None, None, 0.0)
-    if gemm_scales is not None:
-        other = gemm_scales.other_amax, gemm_scales.out, gemm_scales.reciprocal_target
+        tokens, features = (indices_of(runs, x.device) for runs in (noise.tokens, noise.features))
     grid = (ceil_div(num_rows, tile.rows) * ceil_div(num_cols, tile.cols), 1)
-    signature = (
+    constants = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
         noise is not None and noise.features_are_aligned(num_random_bits), is_native(x),
         is_column_major(x), gemm_scales is not None, gemm_scales is not None and gemm_scales.invertible,
         want_packed, want_operand, tile.rows, tile.cols,
     )  # fmt: skip
-    _launch_quantize(
-        grid,
-        (x, amax, signs, tokens, features, output.packed, output.scale_bytes, output.operand, num_rows,
-         num_cols, *x.stride(), *output.operand_strides(), rotation_scale, *other),
-        signature, words, num_warps=tile.num_warps, enable_fp_fusion=False,
+    reciprocal = 0.0 if gemm_scales is None else gemm_scales.reciprocal_target
+    return _quantizers.prepare(
+        key, grid, (num_rows, num_cols, *x.stride(), *strides, rotation_scale, reciprocal), constants,
+        (signs, tokens, features), num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return output
 
 
 def launch_both(

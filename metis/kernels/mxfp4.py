@@ -43,11 +43,16 @@ def quantize_mxfp4(
         raise ConfigError(
             "scale_rounding", f"must be 'standard', 'even' or 'up', received {scale_rounding!r}"
         )
-    require_matrix("quantize_mxfp4", x, _BLOCK_SHAPE, sign_vector)
-    require_rounding("quantize_mxfp4", x, rounding, noise, num_random_bits)
-    require_outputs("quantize_mxfp4", want_packed, want_operand)
+
+    def check() -> None:
+        require_matrix("quantize_mxfp4", x, _BLOCK_SHAPE, sign_vector)
+        require_rounding("quantize_mxfp4", x, rounding, noise, num_random_bits)
+        require_outputs("quantize_mxfp4", want_packed, want_operand)
+
+    if (rounding == "stochastic") != (noise is not None):
+        check()
     return launch(
-        x, None, scale_rule=SCALE_RULES[scale_rounding], block_shape=_BLOCK_SHAPE, sign_vector=sign_vector,
-        noise=noise, num_random_bits=num_random_bits, want_packed=want_packed, want_operand=want_operand,
-        operand_out=operand_out, tile=tile,
+        x, None, check=check, scale_rule=SCALE_RULES[scale_rounding], block_shape=_BLOCK_SHAPE,
+        sign_vector=sign_vector, noise=noise, num_random_bits=num_random_bits, want_packed=want_packed,
+        want_operand=want_operand, operand_out=operand_out, tile=tile,
     )  # fmt: skip

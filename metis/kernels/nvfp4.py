@@ -57,21 +57,28 @@ def quantize_nvfp4(
         )
     if scale_rounding not in SCALE_RULES:
         raise ConfigError("scale_rounding", f"must be 'standard' or 'up', received {scale_rounding!r}")
-    require_matrix("quantize_nvfp4", x, block_shape, sign_vector)
-    require_rounding("quantize_nvfp4", x, rounding, noise, num_random_bits)
-    require_outputs("quantize_nvfp4", want_packed, want_operand)
-    require_amax("quantize_nvfp4", amax, x.device)
+
+    def check() -> None:
+        require_matrix("quantize_nvfp4", x, block_shape, sign_vector)
+        require_rounding("quantize_nvfp4", x, rounding, noise, num_random_bits)
+        require_outputs("quantize_nvfp4", want_packed, want_operand)
+
     if four_over_six is not None:
+        check()
+        require_amax("quantize_nvfp4", amax, x.device)
         _require_plain(rounding, scale_rounding, sign_vector, four_over_six)
         assert gemm_scales is None
         return launch_four_over_six(
             x, amax, block_shape=block_shape, error=four_over_six, want_packed=want_packed,
             want_operand=want_operand, operand_out=operand_out, tile=tile,
         )  # fmt: skip
+    if (rounding == "stochastic") != (noise is not None):
+        check()
+    require_amax("quantize_nvfp4", amax, x.device)
     return launch(
-        x, amax, scale_rule=SCALE_RULES[scale_rounding], block_shape=block_shape, sign_vector=sign_vector,
-        noise=noise, num_random_bits=num_random_bits, want_packed=want_packed, want_operand=want_operand,
-        operand_out=operand_out, gemm_scales=gemm_scales, tile=tile,
+        x, amax, check=check, scale_rule=SCALE_RULES[scale_rounding], block_shape=block_shape,
+        sign_vector=sign_vector, noise=noise, num_random_bits=num_random_bits, want_packed=want_packed,
+        want_operand=want_operand, operand_out=operand_out, gemm_scales=gemm_scales, tile=tile,
     )  # fmt: skip
 
 

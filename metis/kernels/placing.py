@@ -17,7 +17,7 @@ from torch import Tensor
 from metis.errors import ShapeError
 from metis.kernels.arguments import ceil_div, is_native
 from metis.kernels.elementary import exact_bf16_bits, round_to_bf16
-from metis.kernels.launching import Launcher
+from metis.kernels.launching import Key, Launcher, Prepared, layout
 
 _TILE_ROWS, _TILE_COLS, _NUM_WARPS = 32, 64, 4
 
@@ -124,7 +124,7 @@ def _place_kernel(
                    HAS_FACTOR_B, NATIVE, TILE_R, TILE_C)  # fmt: skip
 
 
-_launch = Launcher(_place_kernel)
+_places = Launcher(_place_kernel)
 
 
 def place(first: Thin, second: Thin | None = None, factor: Tensor | None = None) -> None:
@@ -132,15 +132,22 @@ def place(first: Thin, second: Thin | None = None, factor: Tensor | None = None)
 
     factor: fp32 0-dim, multiplies those that say `is_scaled`; None: nothing is multiplied.
     """
+    key = (
+        layout(first.source), layout(first.out), first.is_scaled, factor is None,
+        *(() if second is None else (layout(second.source), layout(second.out), second.is_scaled)),
+    )  # fmt: skip
+    ready = _places.ready(key) or _prepare(key, first, second, factor)
+    a, b = (first.source, first.out), (None, None) if second is None else (second.source, second.out)
+    ready((first.source if factor is None else factor, *a, *b))
+
+
+def _prepare(key: Key, first: Thin, second: Thin | None, factor: Tensor | None) -> Prepared:
     tiles_a, numbers_a, constants_a = _described(first, factor)
     tiles_b, numbers_b, constants_b = 0, (0,) * 7, (1, False, False)
     if second is not None:
         tiles_b, numbers_b, constants_b = _described(second, factor)
-    _launch(
-        (tiles_a + tiles_b, 1),
-        (first.source if factor is None else factor, first.source, first.out,
-         None if second is None else second.source, None if second is None else second.out, tiles_a,
-         *numbers_a, *numbers_b),
+    return _places.prepare(
+        key, (tiles_a + tiles_b, 1), (tiles_a, *numbers_a, *numbers_b),
         (*constants_a, *constants_b, second is not None, is_native(first.source), _TILE_ROWS, _TILE_COLS),
         num_warps=_NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from metis.kernels.elementary import (
     magnitude_bits,
     round_to_bf16,
 )
-from metis.kernels.launching import Launcher
+from metis.kernels.launching import Key, Launcher, Prepared, layout
 
 MAX_RANK = 128
 """Columns of V that one program holds."""
@@ -220,7 +220,7 @@ def _residual_kernel(
                  mask=row_mask & (f_columns < num_f)[None, :])  # fmt: skip
 
 
-_launch_project, _launch_fold, _launch_residual = (
+_projections, _folds, _residuals = (
     Launcher(kernel) for kernel in (_project_kernel, _fold_kernel, _residual_kernel)
 )
 
@@ -233,6 +233,16 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1, shape: Shape 
     is summed in ascending features on the tensor cores (fp32 products for fp32 x). `fold` adds the chunks.
     shape: for measuring; another one may change last bits.
     """
+    key = (layout(x), layout(v), num_chunks, parts, shape)
+    ready = _projections.ready(key) or _prepare_projection(key, x, v, num_chunks, parts, shape)
+    partials = torch.empty(num_chunks, x.shape[0], v.shape[1], dtype=torch.float32, device=x.device)
+    ready((x, v, partials))
+    return partials
+
+
+def _prepare_projection(
+    key: Key, x: Tensor, v: Tensor, num_chunks: int, parts: int, shape: Shape
+) -> Prepared:
     _require_factors("project", x, v)
     num_rows, num_features = x.shape
     width = num_features // parts
@@ -240,18 +250,15 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1, shape: Shape 
         raise ShapeError(
             "project", f"{num_features} features must divide into {parts} parts of {num_chunks} chunks"
         )
-    rank = v.shape[1]
-    chunk, padded = width // num_chunks, _padded(rank)
-    partials = torch.empty(num_chunks, num_rows, rank, dtype=torch.float32, device=x.device)
+    rank, chunk = v.shape[1], width // num_chunks
     block_rows, block_features, num_warps, num_stages = shape
-    is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == padded
-    _launch_project(
-        (ceil_div(num_rows, block_rows), num_chunks),
-        (x, v, partials, num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts),
-        (x.dtype == torch.bfloat16, is_native(x), is_even, padded, block_rows, block_features),
+    is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == _padded(rank)
+    return _projections.prepare(
+        key, (ceil_div(num_rows, block_rows), num_chunks),
+        (num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts),
+        (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), block_rows, block_features),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return partials
 
 
 def fold(
@@ -267,23 +274,30 @@ def fold(
     before it is rounded once. out, other_out: where to write (bf16 [M, r], contiguous along r; the second is
     a copy); None: a new tensor.
     """
+    if out is None:
+        out = torch.empty(*partials.shape[1:], dtype=dtype, device=partials.device)
+    key = (layout(partials), layout(out), layout(other_out), factor is None)
+    ready = _folds.ready(key) or _prepare_fold(key, partials, out, other_out, factor is not None)
+    ready((partials, factor, out, other_out))
+    return out
+
+
+def _prepare_fold(
+    key: Key, partials: Tensor, out: Tensor, other_out: Tensor | None, has_factor: bool
+) -> Prepared:
     count, num_rows, num_columns = partials.shape
     if count & (count - 1) or count > 32 or not partials.is_contiguous():
         raise ShapeError("fold", f"needs a power of two of partial sums up to 32, received {count}")
-    if out is None:
-        out = torch.empty(num_rows, num_columns, dtype=dtype, device=partials.device)
     assert out.stride(1) == 1 and (other_out is None or other_out.stride(1) == 1)
     to_bf16 = out.dtype == torch.bfloat16
     assert other_out is None or (to_bf16 and other_out.dtype == torch.bfloat16)
     numel = num_rows * num_columns
     other_stride = 0 if other_out is None else other_out.stride(0)
-    _launch_fold(
-        (ceil_div(numel, _FOLD_BLOCK), 1),
-        (partials, factor, out, other_out, numel, num_columns, out.stride(0), other_stride),
-        (count, factor is not None, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
+    return _folds.prepare(
+        key, (ceil_div(numel, _FOLD_BLOCK), 1), (numel, num_columns, out.stride(0), other_stride),
+        (count, has_factor, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return out
 
 
 def residual(
@@ -301,6 +315,25 @@ def residual(
     product p v^T is summed in fp32 in ascending order of r; R is rounded once. Partial sums: fp32 [C, M, q]
     for `fold`.
     """
+    key = (layout(x), layout(p), layout(v), layout(factor), shape)
+    num_chunks = _num_residual_chunks(x.shape[1], shape)
+    ready = _residuals.ready(key) or _prepare_residual(key, x, p, v, factor, shape)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partials = None
+    if factor is not None:
+        size = (num_chunks, x.shape[0], factor.shape[1])
+        partials = torch.empty(size, dtype=torch.float32, device=x.device)
+    ready((x, p, v, factor, out, amax, partials))
+    return out, partials
+
+
+def _num_residual_chunks(num_features: int, shape: Shape) -> int:
+    return 8 if num_features >= 8 * shape[1] else 1
+
+
+def _prepare_residual(
+    key: Key, x: Tensor, p: Tensor, v: Tensor, factor: Tensor | None, shape: Shape
+) -> Prepared:
     _require_factors("residual", x, v)
     num_rows, num_features = x.shape
     if p.shape != (num_rows, v.shape[1]) or not p.is_contiguous() or p.dtype != torch.bfloat16:
@@ -310,27 +343,20 @@ def residual(
         )
     if factor is not None:
         _require_factors("residual", x, factor)
-    num_f = 0 if factor is None else factor.shape[1]
+    rank, num_f = v.shape[1], 0 if factor is None else factor.shape[1]
     block_rows, block_features, num_warps, num_stages = shape
-    num_chunks = 8 if num_features >= 8 * block_features else 1
+    num_chunks = _num_residual_chunks(num_features, shape)
     chunk = ceil_div(ceil_div(num_features, num_chunks), block_features) * block_features
-    out = torch.empty(num_rows, num_features, dtype=x.dtype, device=x.device)
-    partials = None
-    if factor is not None:
-        partials = torch.empty(num_chunks, num_rows, num_f, dtype=torch.float32, device=x.device)
-    rank = v.shape[1]
     is_even = num_rows % block_rows == 0 and chunk * num_chunks == num_features
     is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
     stride_f = 0 if factor is None else factor.stride(0)
-    _launch_residual(
-        (ceil_div(num_rows, block_rows), num_chunks),
-        (x, p, v, factor, out, amax, partials, num_rows, num_features, x.stride(0), v.stride(0), stride_f,
-         rank, num_f, chunk),
+    return _residuals.prepare(
+        key, (ceil_div(num_rows, block_rows), num_chunks),
+        (num_rows, num_features, x.stride(0), v.stride(0), stride_f, rank, num_f, chunk),
         (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), block_rows,
          block_features),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return out, partials
 
 
 def _padded(rank: int) -> int:

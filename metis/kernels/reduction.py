@@ -29,7 +29,7 @@ from metis.kernels.elementary import (
     magnitude_bits,
     rotate_tile,
 )
-from metis.kernels.launching import Launcher
+from metis.kernels.launching import Key, Launcher, Prepared, layout
 
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_UNDER_INTERPRETER = 3
@@ -103,7 +103,7 @@ def _amax_both_kernel(
     tl.atomic_max(as_int_pointer(turned_out), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
 
 
-_launch_amax, _launch_amax_both = Launcher(_amax_kernel), Launcher(_amax_both_kernel)
+_amaxes, _amaxes_both = Launcher(_amax_kernel), Launcher(_amax_both_kernel)
 
 
 def amax_both(x: Tensor, sign_vector: tuple[int, ...], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,20 +112,11 @@ def amax_both(x: Tensor, sign_vector: tuple[int, ...], out: Tensor | None = None
     x: [R, C] fp32, bf16 or fp16, contiguous along C, R a multiple of the rotation's size. out: as `amax`,
     two.
     """
-    require_matrix("amax_both", x.t(), (1, 1), sign_vector)
-    if x.stride(1) != 1:
-        raise ShapeError("amax_both", f"needs a row-major matrix, received strides {x.stride()}")
-    signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
-    tile = Tile(rotation, 256, rotation // 16)
-    num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
+    key = (layout(x), sign_vector)
+    ready = _amaxes_both.ready(key) or _prepare_both(key, x, sign_vector)
     out = torch.zeros(2, dtype=torch.float32, device=x.device) if out is None else out
-    plain, turned = out[0], out[1]
-    _launch_amax_both(
-        (min(num_tiles, 2 * _max_programs(x.device)), 1),
-        (x, signs, plain, turned, *x.shape, x.stride(0), rotation_scale, num_tiles),
-        (x.dtype == torch.bfloat16, rotation, is_native(x), tile.rows, tile.cols),
-        num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    plain, turned = out.unbind()
+    ready((x, *ready.kept, plain, turned))
     return plain, turned
 
 
@@ -141,6 +132,14 @@ def amax(
     for measuring; None chooses. out: fp32 0-dim that holds zero (or an amax to be raised), None: a new one. A
     NaN result has the bits 0x7FC00000.
     """
+    key = (layout(x), sign_vector, tile)
+    ready = _amaxes.ready(key) or _prepare(key, x, sign_vector, tile)
+    out = torch.zeros((), dtype=torch.float32, device=x.device) if out is None else out
+    ready((x, *ready.kept, out))
+    return out
+
+
+def _prepare(key: Key, x: Tensor, sign_vector: tuple[int, ...] | None, tile: Tile | None) -> Prepared:
     require_matrix("amax", x, (1, 1), sign_vector)
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
     if rotation == 0:
@@ -150,14 +149,26 @@ def amax(
     if tile is None:
         tile = Tile(1, 4096, 4) if x.shape[0] == 1 and rotation == 0 else tile_of(x, (1, 1), rotation)
     num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
-    out = torch.zeros((), dtype=torch.float32, device=x.device) if out is None else out
-    _launch_amax(
-        (min(num_tiles, _max_programs(x.device)), 1),
-        (x, signs, out, *x.shape, *x.stride(), rotation_scale, num_tiles),
+    return _amaxes.prepare(
+        key, (min(num_tiles, _max_programs(x.device)), 1), (*x.shape, *x.stride(), rotation_scale, num_tiles),
         (x.dtype == torch.bfloat16, rotation, is_native(x), is_column_major(x), tile.rows, tile.cols),
+        (signs,), num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _prepare_both(key: Key, x: Tensor, sign_vector: tuple[int, ...]) -> Prepared:
+    require_matrix("amax_both", x.t(), (1, 1), sign_vector)
+    if x.stride(1) != 1:
+        raise ShapeError("amax_both", f"needs a row-major matrix, received strides {x.stride()}")
+    signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
+    tile = Tile(rotation, 256, rotation // 16)
+    num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
+    return _amaxes_both.prepare(
+        key, (min(num_tiles, 2 * _max_programs(x.device)), 1),
+        (*x.shape, x.stride(0), rotation_scale, num_tiles),
+        (x.dtype == torch.bfloat16, rotation, is_native(x), tile.rows, tile.cols), (signs,),
         num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return out
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.kernels.arguments import require_amax
-from metis.kernels.launching import Launcher
+from metis.kernels.launching import Launcher, layout
 
 SMALLEST_INVERTIBLE = 2.0**-100
 """Where the inverse is used, alpha is held at this: what multiplies it and its inverse stays finite."""
@@ -35,7 +35,7 @@ def _gemm_scales_kernel(amax_a, amax_b, out, reciprocal, INVERTIBLE: tl.constexp
     write_gemm_scales(amax_a, amax_b, out, reciprocal, INVERTIBLE)
 
 
-_launch = Launcher(_gemm_scales_kernel)
+_scales = Launcher(_gemm_scales_kernel)
 
 
 def gemm_scales(
@@ -46,11 +46,15 @@ def gemm_scales(
     The bits are those of `metis.quantize.gemm_alpha`; reciprocal_target is `fp32(1 / (target_a * target_b))`.
     invertible: alpha is 1 where an amax is zero and never below 2^-100; without it the second value is unset.
     """
-    require_amax("gemm_scales", amax_a, amax_a.device)
-    require_amax("gemm_scales", amax_b, amax_a.device)
+    key = (layout(amax_a), layout(amax_b), reciprocal_target, invertible)
+    ready = _scales.ready(key)
+    if ready is None:
+        require_amax("gemm_scales", amax_a, amax_a.device)
+        require_amax("gemm_scales", amax_b, amax_a.device)
+        ready = _scales.prepare(
+            key, (1, 1), (reciprocal_target,), (invertible,), num_warps=1, enable_fp_fusion=False
+        )
     out = torch.empty(2, dtype=torch.float32, device=amax_a.device)
-    _launch(
-        (1, 1), (amax_a, amax_b, out, reciprocal_target), (invertible,), num_warps=1,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return out[0], out[1]
+    ready((amax_a, amax_b, out))
+    alpha, inverse = out.unbind()
+    return alpha, inverse
