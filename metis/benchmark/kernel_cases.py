@@ -153,13 +153,11 @@ def _quantizing(inputs: _Inputs) -> Iterator[KernelCase]:
 
 
 def _pairs(inputs: _Inputs) -> Iterator[KernelCase]:
-    """Yield the kernels that make both copies of a matrix from one read: rows, and (rotated) columns."""
-    xs, signs, n = inputs.xs, inputs.signs, inputs.n
+    """Yield both copies of a matrix, rows and columns, as backward makes them: two launches, two reads."""
+    xs, n, signs, q = inputs.xs, inputs.n, inputs.signs, kernels.quantize_nvfp4
     bits = recipe_quantizer().num_random_bits
-    plain = kernels.CopyRequest(amax=inputs.amax)
-    sr = {"amax": inputs.amax, "rounding": "stochastic", "num_random_bits": bits}
-    rows = kernels.CopyRequest(noise=inputs.noise(), **sr)
-    cols = kernels.CopyRequest(noise=inputs.noise(tokens_are_cols=True), **sr)
+    amax, sr = inputs.amax, {"rounding": "stochastic", "num_random_bits": bits}
+    rows, cols = inputs.noise(), inputs.noise(tokens_are_cols=True)
     both = "1x16 rne, rows and columns"
     yield KernelCase(
         name="amax, rows and rht columns", num_bytes=2 * n, reference="amax",
@@ -167,15 +165,17 @@ def _pairs(inputs: _Inputs) -> Iterator[KernelCase]:
     )  # fmt: skip
     yield KernelCase(
         name=both, num_bytes=6 * n, reference=ROWS_RNE,
-        call=lambda i: kernels.quantize_both(xs[i], plain, plain),
+        call=lambda i: (q(xs[i], amax), q(xs[i].t(), amax)),
     )  # fmt: skip
     yield KernelCase(
         name=f"1x16 sr {bits} bits, rows and columns", num_bytes=6 * n, reference=both,
-        call=lambda i: kernels.quantize_both(xs[i], rows, cols),
+        call=lambda i: (q(xs[i], amax, noise=rows, **sr), q(xs[i].t(), amax, noise=cols, **sr)),
     )  # fmt: skip
     yield KernelCase(
         name=f"1x16 sr {bits} bits, rows and rht columns", num_bytes=6 * n, reference=both,
-        call=lambda i: kernels.quantize_both(xs[i], rows, cols, sign_vector=signs),
+        call=lambda i: (
+            q(xs[i], amax, noise=rows, **sr), q(xs[i].t(), amax, noise=cols, sign_vector=signs, **sr),
+        ),
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _splitting(inputs: _Inputs) -> Iterator[KernelCase]:
 def _split_shapes(inputs: _Inputs) -> Iterator[KernelCase]:
     """Yield projection and residual with other tiles."""
     xs, n = inputs.xs, inputs.n
-    rows, cols = xs[0].shape
+    cols = xs[0].shape[1]
     rank = min(recipe_rank(cols), cols)
     v = torch.linalg.qr(torch.randn(cols, rank)).Q.contiguous().to(xs[0])
     p = (xs[0].float() @ v.float()).bfloat16()

@@ -6,7 +6,7 @@ random words come from the counters of `metis.rng`, and tests compare bytes.
 
     amax, rotate                      largest magnitude (also of the rotated matrix); Hadamard rotation
     quantize_nvfp4, quantize_mxfp4    packed codes and scales, and/or the decoded bf16 operand
-    quantize_both, amax_both          the same of a matrix and its transpose, in one read
+    amax_both                         of a matrix and of its rotated transpose, in one read
     project, fold, residual           P = x V in canonical chunks, R = x - P V^T (own bits, see projection.py)
     decode_operand, dequantize        bytes back to numbers
     place                             thin factors of a product beside its operands
@@ -24,7 +24,6 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "CopyRequest": "both",
     "GemmScales": "blockwise",
     "KernelNoise": "arguments",
     "KernelOutput": "arguments",
@@ -38,7 +37,6 @@ _HOMES = {
     "is_available": "availability",
     "place": "placing",
     "project": "projection",
-    "quantize_both": "both",
     "quantize_mxfp4": "mxfp4",
     "quantize_nvfp4": "nvfp4",
     "residual": "projection",

@@ -26,7 +26,6 @@ from metis import formats
 from metis.kernels.arguments import (
     KernelNoise,
     KernelOutput,
-    as_loadable,
     ceil_div,
     empty_operand,
     empty_output,
@@ -93,22 +92,6 @@ class GemmScales:
     out: Tensor
     reciprocal_target: float
     invertible: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
-    """One of two copies that are made of a matrix in one read.
-
-    amax: fp32 0-dim, None where the format has no tensor scale. scale_rule: one of the numbers above. noise:
-    for stochastic rounding. operand_out: where the decoded operand goes, None: a new tensor.
-    """
-
-    amax: Tensor | None
-    scale_rule: int
-    noise: KernelNoise | None = None
-    num_random_bits: int = 16
-    want_packed: bool = False
-    operand_out: Tensor | None = None
 
 
 def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile:
@@ -315,64 +298,6 @@ def _quantize_kernel(
                 WANT_PACKED, WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("row_key_0", "row_key_1", "col_key_0", "col_key_1", "microbatch", "step"))
-def _quantize_both_kernel(
-    x,
-    signs,
-    tokens,
-    features,
-    row_amax,
-    row_packed,
-    row_scale_bytes,
-    row_operand,
-    row_stride,
-    row_key_0,
-    row_key_1,
-    col_amax,
-    col_packed,
-    col_scale_bytes,
-    col_operand,
-    col_stride,
-    col_key_0,
-    col_key_1,
-    microbatch,
-    step,
-    num_rows,
-    num_cols,
-    stride_r,
-    rotation_scale,
-    IS_BF16: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW_SCALE_RULE: tl.constexpr,
-    ROW_RANDOM_BITS: tl.constexpr,
-    ROW_WANT_PACKED: tl.constexpr,
-    COL_SCALE_RULE: tl.constexpr,
-    COL_RANDOM_BITS: tl.constexpr,
-    COL_WANT_PACKED: tl.constexpr,
-    COL_ROTATION: tl.constexpr,
-    TILE_R: tl.constexpr,
-    TILE_C: tl.constexpr,
-):
-    tiles_per_row = tl.cdiv(num_cols, TILE_C)
-    row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
-    col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
-    tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, 1,
-                     IS_BF16, 0, NATIVE, False, TILE_R, TILE_C)  # fmt: skip
-    encode_tile(tile, row_amax, tokens, features, row_packed, row_scale_bytes, row_operand, row_start,
-                col_start, num_rows, num_cols, row_stride, 1, row_key_0, row_key_1, microbatch, step,
-                ROW_SCALE_RULE, 1, BLOCK, ROW_RANDOM_BITS, False, ALIGNED, NATIVE, False, ROW_WANT_PACKED,
-                True, TILE_R, TILE_C)  # fmt: skip
-    turned = tl.trans(tile)
-    if COL_ROTATION > 0:
-        turned = rotate_tile(turned, signs, rotation_scale, COL_ROTATION, NATIVE, TILE_C, TILE_R)
-    encode_tile(turned, col_amax, tokens, features, col_packed, col_scale_bytes, col_operand, col_start,
-                row_start, num_cols, num_rows, 1, col_stride, col_key_0, col_key_1, microbatch, step,
-                COL_SCALE_RULE, 1, BLOCK, COL_RANDOM_BITS, True, ALIGNED, NATIVE, False, COL_WANT_PACKED,
-                True, TILE_C, TILE_R)  # fmt: skip
-
-
 @triton.jit
 def write_outputs(
     value,
@@ -525,47 +450,3 @@ def _prepare(
         key, grid, (num_rows, num_cols, *x.stride(), *strides, rotation_scale, reciprocal), constants,
         (signs, tokens, features), num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def launch_both(
-    x: Tensor,
-    row_copy: Copy,
-    col_copy: Copy,
-    *,
-    block: int,
-    sign_vector: tuple[int, ...] | None,
-    tile: Tile | None = None,
-) -> tuple[KernelOutput, KernelOutput]:
-    """Run the two-copy kernel on checked arguments."""
-    num_rows, num_cols = x.shape
-    device = x.device
-    signs, rotation, rotation_scale = rotation_of(sign_vector, device)
-    if tile is None:
-        height = max(block, rotation)
-        tile = Tile(height, 256, max(1, height // 16))
-    outputs = (
-        empty_output(x, (1, block), row_copy.want_packed, True, row_copy.operand_out),
-        empty_output(x.t(), (1, block), col_copy.want_packed, True, col_copy.operand_out),
-    )
-    tokens, features, position, aligned = None, None, (0, 0), True
-    bits = tuple(0 if copy.noise is None else copy.num_random_bits for copy in (row_copy, col_copy))
-    for copy, num_bits in zip((row_copy, col_copy), bits, strict=True):
-        if copy.noise is not None:
-            tokens, features = (indices_of(r, device) for r in (copy.noise.tokens, copy.noise.features))
-            position = copy.noise.counter_words()[2:]
-            aligned = aligned and copy.noise.features_are_aligned(num_bits)
-    (row, col), keys = (
-        outputs,
-        [(0, 0) if copy.noise is None else copy.noise.counter_words()[:2] for copy in (row_copy, col_copy)],
-    )
-    grid = (ceil_div(num_rows, tile.rows) * ceil_div(num_cols, tile.cols),)
-    _quantize_both_kernel[grid](
-        as_loadable(x), signs, tokens, features, row_copy.amax, *row.pointers(), row.operand_strides()[0],
-        *keys[0], col_copy.amax, *col.pointers(), col.operand_strides()[1], *keys[1], *position, num_rows,
-        num_cols, x.stride(0), rotation_scale, IS_BF16=x.dtype == torch.bfloat16, NATIVE=is_native(x),
-        ALIGNED=aligned, BLOCK=block, ROW_SCALE_RULE=row_copy.scale_rule, ROW_RANDOM_BITS=bits[0],
-        ROW_WANT_PACKED=row_copy.want_packed, COL_SCALE_RULE=col_copy.scale_rule, COL_RANDOM_BITS=bits[1],
-        COL_WANT_PACKED=col_copy.want_packed, COL_ROTATION=rotation, TILE_R=tile.rows, TILE_C=tile.cols,
-        num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
-    return outputs

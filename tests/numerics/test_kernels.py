@@ -36,7 +36,7 @@ MINIMAL_CHECKS = {
     "memory orders": 100,
     "shards": 16,
     "rotation": 250,
-    "both": 100,
+    "amax both": 60,
     "decoding": 30,
     "large": 9,
 }
