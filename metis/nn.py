@@ -1,288 +1,37 @@
-"""The linear layer on one rank, and the state that any linear keeps: its bases.
+"""The linear layer on one rank, and what any linear keeps and does.
 
 `LinearCore` is what `MetisLinear` (torch only) and the parallel linears of megatron-core share: recipe,
-feature axes, bases, and the way from a 2-D input to an output. A basis is remembered as named tensors (v, z,
-gram, counters) that are saved in checkpoints and never cast with the model's parameters: z must stay float64.
+feature axes, bases (`metis.bases`), and the way from a 2-D input to an output.
 
-Timing: sketches are taken in backward of the steps that want them, summed over microbatches, and
-`advance_bases` turns them into new bases after the optimizer step. So the basis used in step t was fixed
-before step t began.
+Timing: rows for sketches are picked in the passes of the steps that want them, and `advance_bases` turns them
+into new bases after the optimizer step. So the basis used in step t was fixed before step t began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from metis.bases import OperandBasis, renew_bases
 from metis.clock import TrainingClock
-from metis.config import BasisConfig, Recipe, ReparametrisationConfig
+from metis.config import Recipe, ReparametrisationConfig
 from metis.decompose import basis as algebra
 from metis.errors import ConfigError, ShapeError
 from metis.functional import LinearPlan, SpectralFactors
 from metis.fused_linear import WeightCache, is_fusable, quantized_linear
 from metis.gemm import EmulatedGemm, GemmBackend
-from metis.operand import Axis, coefficients, token_mean
+from metis.operand import Axis
 from metis.recipes import resolve_recipe
 from metis.regularize import dual_range_gradient
 from metis.reparametrised import FactorPath, split_by_svd
-from metis.rng import NoisePosition, stream_key
+from metis.rng import NoisePosition
 from metis.schedule import require_same_parameters
 
 OPERANDS = ("input", "weight", "grad_output")
-
-
-@dataclass(slots=True)
-class _Pending:
-    """Sketch of the running step on this rank, summed over its microbatches; gone after the step."""
-
-    z: Tensor
-    gram: Tensor
-    row_count: Tensor
-
-
-class OperandBasis(nn.Module):
-    """One basis of one linear: V and the sketch for the next V, for the features this rank holds.
-
-    layer, operand: names that key its random numbers. features: the axis it lives on. centred: sketches read
-    rows less the mean over tokens. ordered: V is kept in Ritz order. Saved: v [K_local, q] bf16, z [K_local,
-    q] float64, gram [q, q] and energies [q] float64, counters [6] int64. Rebuilt: nothing.
-    """
-
-    def __init__(
-        self,
-        *,
-        layer: str,
-        operand: str,
-        features: Axis,
-        rank: int,
-        config: BasisConfig,
-        seed: int,
-        centred: bool = False,
-        ordered: bool = False,
-        device: Any = "cpu",
-    ) -> None:
-        super().__init__()
-        self.layer, self.operand, self.config, self.seed = layer, operand, config, seed
-        self.centred, self.ordered = centred, ordered
-        self.features = features.alone() if config.tp_mode == "local" else features
-        whole = algebra.empty_state(
-            self._key("directions"), self.features.size, rank, config.oversample, device=torch.device(device)
-        )
-        self.state = self._local(whole)
-        self.tracks_drift, self.drift_degrees = False, None
-        self._active: tuple[Tensor, str, Tensor | None] | None = None
-        self._pending: _Pending | None = None
-
-    def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
-        return replace(whole, v=self.features.local_rows(whole.v), z=self.features.local_rows(whole.z))
-
-    def _key(self, purpose: str) -> tuple[int, int]:
-        return stream_key(self.seed, self.layer, self.operand, purpose)
-
-    @property
-    def active(self) -> Tensor | None:
-        """The basis in use, [K_local, r] bf16 contiguous, or None before the first refresh.
-
-        The same tensor until the state gets another v: what is made from it can be kept by its identity.
-        """
-        state = self.state
-        if self._active is None or self._active[0] is not state.v or self._active[1] != state.phase:
-            v = algebra.active_basis(state)
-            self._active = (state.v, state.phase, None if v is None else v.contiguous())
-        return self._active[2]
-
-    def wants_sketch(self, step: int) -> bool:
-        """Whether backward of optimizer step `step` must sketch."""
-        return algebra.wants_sketch(self.state, step, self.config.refresh_interval_steps)
-
-    @torch.no_grad()
-    def pick_rows(self, x: Tensor, tokens: Axis, position: NoisePosition, num_window_tokens: int) -> Tensor:
-        """Return the sampled rows of one microbatch that are held here, of x [M_local, K_local]."""
-        rank, config = self.state.rank, self.config
-        wanted = algebra.num_sampled_rows(
-            num_window_tokens, config.row_sample_fraction, rank, config.oversample
-        )
-        row_amax = self.features.reduce_max(x.detach().abs().amax(dim=1).to(torch.float32))
-        rows = tokens.indices(x.device)
-        mask = algebra.sample_rows(
-            self._key("sample"),
-            position,
-            torch.cat(tokens.gather(rows)),
-            torch.cat(tokens.gather(row_amax)),
-            probability=algebra.sample_probability(wanted, num_window_tokens),
-            num_pinned_rows=config.num_pinned_rows,
-        )
-        picked = x[mask.chunk(tokens.num_shards)[tokens.shard]]
-        if not self.centred:
-            return picked
-        mean = token_mean(x, tokens).t()
-        return picked.to(torch.promote_types(x.dtype, torch.float32)) - mean
-
-    @torch.no_grad()
-    def add_rows(self, rows: Tensor, shards: Axis | None = None) -> None:
-        """Add picked rows to this step's sketch; `shards`: ranks that hold others of the same microbatch."""
-        columns = self._sketch(rows)
-        if shards is not None and shards.is_sharded:
-            flat = torch.cat([columns.z.flatten(), columns.gram.flatten(), columns.row_count])
-            z, gram, count = shards.sum(flat).split([columns.z.numel(), columns.gram.numel(), 1])
-            columns = _Pending(z.view_as(columns.z), gram.view_as(columns.gram), count)
-        self._add(columns)
-
-    @torch.no_grad()
-    def sketch_weight(self, weight: Tensor, rows: Axis) -> None:
-        """Sketch all rows of w [N_local, K_local]; sums over ranks that hold other rows are formed here."""
-        rows = rows.alone() if self.config.tp_mode == "local" else rows
-        columns = self._sketch(weight.to(torch.float32))
-        rows.sum(columns.z)
-        rows.sum(columns.gram)
-        self._add(columns)
-
-    def _sketch(self, x: Tensor) -> _Pending:
-        directions = algebra.sketch_directions(self.state)
-        config = self.config
-        b = coefficients(x, directions, self.features, config.num_canonical_chunks, config.tp_mode)
-        z, gram = algebra.sketch(x, b)
-        return _Pending(z, gram, z.new_full((1,), x.shape[0]))
-
-    def _add(self, more: _Pending) -> None:
-        if self._pending is None:
-            self._pending = more
-        else:
-            self._pending.z += more.z
-            self._pending.gram += more.gram
-            self._pending.row_count += more.row_count
-
-    def take_pending(self) -> Tensor | None:
-        """Return this step's sketch as one flat float64 vector to be summed over token shards, and forget
-        it.
-        """
-        if self._pending is None:
-            return None
-        pending, self._pending = self._pending, None
-        return torch.cat([pending.z.flatten(), pending.gram.flatten(), pending.row_count])
-
-    def absorb(self, summed: Tensor) -> None:
-        """Add a summed sketch (layout of `take_pending`) to the accumulator."""
-        columns = self.state.num_sketch_columns
-        z, gram, count = summed.split([self.features.local_size * columns, columns * columns, 1])
-        self.state = algebra.accumulate(
-            self.state, z.view(-1, columns), gram.view(columns, columns), round(count.item())
-        )
-
-    @torch.no_grad()
-    def refresh(self, step: int) -> None:
-        """Make the next basis if enough rows have been sketched; gathers the feature axis, slices the
-        result.
-        """
-        config = self.config
-        needed = 1 if self.operand == "weight" else algebra.minimum_rows(self.state.rank, config.oversample)
-        if self.state.row_count < needed:
-            return
-        features = self.features
-        whole = replace(
-            self.state, v=features.gather_rows(self.state.v), z=features.gather_rows(self.state.z)
-        )
-        fresh = algebra.refresh(
-            whole,
-            step,
-            refill_key=self._key("refill"),
-            num_rows_needed=needed,
-            num_cold_steps=config.num_cold_steps,
-            ordered=self.ordered,
-        )
-        if self.tracks_drift:
-            self.drift_degrees = algebra.largest_principal_angle(whole, fresh)
-        self.state = self._local(fresh)
-
-    @torch.no_grad()
-    def take_over(self, old: OperandBasis) -> None:
-        """Go on from the basis that an earlier recipe kept for the same operand; collective on sharded axes.
-
-        Same rank and width: with everything, less the rows sketched so far if centring has changed. Another
-        rank or width: `metis.decompose.basis.resized`, in use without a gap. A basis per rank against one
-        for all, or one that must now be in Ritz order: from a cold start.
-        """
-        self.tracks_drift = old.tracks_drift
-        is_local, was_local = (basis.config.tp_mode == "local" for basis in (self, old))
-        if is_local != was_local or (self.ordered and not old.ordered):
-            return
-        state, mine = old.state, self.state
-        if (state.rank, state.v.shape) == (mine.rank, mine.v.shape):
-            self.state = state if self.centred == old.centred else algebra.without_sketch(state)
-            return
-        width = mine.v.shape[1]
-        whole = algebra.resized(
-            replace(state, v=self.features.gather_rows(state.v)),
-            mine.rank,
-            width - mine.rank,
-            key=self._key("directions"),
-            refill_key=self._key("resize"),
-        )
-        self.state = self._local(whole)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the state to save: v and z for the local features, gram and counters the same on every
-        shard.
-        """
-        return algebra.state_tensors(self.state)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, value in self.tensors().items():
-            destination[prefix + name] = value
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        current = self.tensors()
-        missing = [prefix + name for name in current if prefix + name not in state_dict]
-        if missing:
-            missing_keys.extend(missing)
-            return
-        loaded = {
-            name: state_dict[prefix + name].detach().to(value.device) for name, value in current.items()
-        }
-        for name, value in current.items():
-            if loaded[name].dim() > value.dim():  # gate|up lies in checkpoints as [parts, width, columns]
-                loaded[name] = loaded[name].flatten(0, 1)
-            if name == "counters" and int(loaded[name].flatten()[1]) != self.state.rank:
-                error_msgs.append(
-                    f"{prefix}{name}: a basis of rank {int(loaded[name].flatten()[1])} is not one of rank "
-                    f"{self.state.rank}"
-                )
-                return
-            if loaded[name].shape != value.shape:
-                error_msgs.append(
-                    f"{prefix}{name}: shape {tuple(loaded[name].shape)} is not {tuple(value.shape)}"
-                )
-                return
-        self.state = algebra.state_from_tensors(
-            {name: value.to(current[name].dtype).clone() for name, value in loaded.items()}
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OperandBasis:
-        """Follow the module to another device, but keep every dtype: z stays float64 under `.bfloat16()`."""
-        device = fn(torch.empty(0, device=self.state.v.device)).device
-        state = self.state
-        self.state = replace(
-            state,
-            v=state.v.to(device),
-            z=state.z.to(device),
-            gram=state.gram.to(device),
-            energies=state.energies.to(device),
-        )
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,11 +261,6 @@ class LinearCore(nn.Module):
         """Return (operand, basis) of every basis that this linear sketches and renews itself."""
         return [(name, basis) for name, basis in self.bases.items() if name not in self.borrowed]  # type: ignore[misc]
 
-    def sketch_weight(self, weight: Tensor, step: int) -> None:
-        """Sketch the weight for its own basis, where one is kept and this step wants it."""
-        if "weight" in self.bases and self.bases["weight"].wants_sketch(step):
-            self.bases["weight"].sketch_weight(weight.detach(), self.out_features)
-
 
 def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token_group: Any = None) -> None:
     """Turn the sketches of optimizer step `step` into new bases; call it after the optimizer step, on every
@@ -527,30 +271,13 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
     bases.
     """
     linears = list(linears)
-    pending: list[tuple[OperandBasis, Tensor]] = []
     for core, weight in linears:
-        core.sketch_weight(weight, step)
-        for operand, basis in core.own_bases():
-            flat = basis.take_pending()
-            if flat is None:
-                continue
-            if operand == "weight":
-                basis.absorb(flat)
-            else:
-                pending.append((basis, flat))
-    if pending:
-        summed = torch.cat([flat for _, flat in pending])
-        if token_group is not None and dist.get_world_size(token_group) > 1:
-            dist.all_reduce(summed, group=token_group)
-        for (basis, _), flat in zip(
-            pending, summed.split([flat.numel() for _, flat in pending]), strict=True
-        ):
-            basis.absorb(flat)
-    for core, _ in linears:
         if core.weights is not None:
             core.weights.clear()
-        for _, basis in core.own_bases():
-            basis.refresh(step)
+        for operand, basis in core.own_bases():
+            if operand == "weight" and basis.wants_sketch(step):
+                basis.add_weight(weight, core.out_features)
+    renew_bases([basis for core, _ in linears for _, basis in core.own_bases()], step, token_group)
 
 
 def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:

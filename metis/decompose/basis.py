@@ -26,8 +26,6 @@ Traps:
   anew.
 * Z in bf16 loses the weak directions (residual 3.5 times the optimum at sigma_1 / sigma_r = 1e3). Z is
   float64 here; V is rounded to bf16 once, when it is put to use.
-* Uniform samples forget a massive-activation token at the next refresh, so the rows of largest amax are
-  pinned.
 * Sums are the caller's: on a sharded axis pass complete B, Z and gram and a global row count. `refresh` needs
   all K rows of Z; gather them (K x r, once per refresh) and slice the result.
 
@@ -48,15 +46,8 @@ from torch import Tensor
 
 from metis.decompose.orthonormal import noise_level, order_by_energy, orthonormalize, with_fixed_signs
 from metis.errors import ShapeError
-from metis.rng import NoisePosition, gaussian, uniform_hash
+from metis.rng import NoisePosition, gaussian
 
-ROWS_PER_COLUMN = 4
-"""Fewer sampled rows per sketch column make a poor basis; 96 rows for r = 16 and oversample 8."""
-
-SAMPLE_MARGIN_SIGMAS = 4.0
-"""Bernoulli sampling aims this far above the rows wanted, so that it falls short once in 3e4."""
-
-_HASH_RANGE = 1 << 32
 _PHASES = ("empty", "cold", "warm")
 
 
@@ -141,81 +132,6 @@ def wants_sketch(state: BasisState, step: int, refresh_interval_steps: int) -> b
     )
 
 
-def minimum_rows(rank: int, oversample: int) -> int:
-    """Return the rows below which token sketches wait for more: 4 (r + oversample)."""
-    return ROWS_PER_COLUMN * (rank + oversample)
-
-
-def num_sampled_rows(num_window_tokens: int, row_sample_fraction: float, rank: int, oversample: int) -> int:
-    """Return the rows wanted of the l tokens of a step: min(l, max(ceil(fraction l), 4 (r + oversample)))."""
-    # Rounded first: 0.07 * 100 is 7.000000000000001 in binary and must not become 8.
-    by_fraction = math.ceil(round(row_sample_fraction * num_window_tokens, 6))
-    return min(num_window_tokens, max(by_fraction, minimum_rows(rank, oversample)))
-
-
-def sample_probability(num_rows: int, num_window_tokens: int) -> float:
-    """Return the Bernoulli probability that samples at least n of the l tokens, except once in 3e4.
-
-    min(1, (n + 4 sqrt(n)) / l). Aiming at n itself would fall short of the minimum, and delay a refresh,
-    half of the time.
-    """
-    return min(1.0, (num_rows + SAMPLE_MARGIN_SIGMAS * math.sqrt(num_rows)) / num_window_tokens)
-
-
-def bernoulli_rows(key: tuple[int, int], position: NoisePosition, rows: Tensor, probability: float) -> Tensor:
-    """Return the mask of rows whose hash of (step, microbatch, row) is below probability * 2^32.
-
-    rows: [R] int64 global row indices, any subset in any order. Returns [R] bool; a row's fate is its own.
-    """
-    return uniform_hash(key, position, rows) < round(probability * _HASH_RANGE)
-
-
-def pinned_rows(rows: Tensor, row_amax: Tensor, num_pinned_rows: int) -> Tensor:
-    """Return the mask of the num_pinned_rows rows of largest amax; equal amaxes go to the lower row index.
-
-    rows: [M] int64 global row indices of one *whole* microbatch, any order; row_amax: [M], maxima over the
-    whole feature axis (reduced over ranks that share it). Returns [M] bool.
-    """
-    by_index = torch.argsort(rows)
-    by_amax = torch.argsort(row_amax[by_index], descending=True, stable=True)
-    mask = torch.zeros_like(rows, dtype=torch.bool)
-    mask[by_index[by_amax[:num_pinned_rows]]] = True
-    return mask
-
-
-def sample_rows(
-    key: tuple[int, int],
-    position: NoisePosition,
-    rows: Tensor,
-    row_amax: Tensor,
-    *,
-    probability: float,
-    num_pinned_rows: int,
-) -> Tensor:
-    """Return the mask of rows of one microbatch to sketch: a Bernoulli sample, or pinned by their amax.
-
-    rows, row_amax: [M], the whole microbatch (see `pinned_rows`); a rank that holds some of the tokens
-    gathers the amaxes (M numbers) and takes its rows of the mask. Returns [M] bool.
-    """
-    if rows.shape != row_amax.shape:
-        raise ShapeError(
-            "sample_rows",
-            f"needs one amax per row, received {tuple(rows.shape)} rows and {tuple(row_amax.shape)} maxima",
-        )
-    return bernoulli_rows(key, position, rows, probability) | pinned_rows(rows, row_amax, num_pinned_rows)
-
-
-def sketch(x_nK: Tensor, b_nq: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Z, gram) = (x_s^T B, B^T B) in float64.
-
-    x_nK: [n, K] sampled rows, any float dtype, K may be a shard; b_nq: [n, q] = x_s V over the *whole*
-    feature axis, float64 (`projector.coefficients`, or its tree sum over ranks). Returns [K, q] and [q, q]
-    float64; n = 0 gives zeros. gram is the same on every rank that shares the features: count it once.
-    """
-    b_nq = b_nq.to(torch.float64)
-    return x_nK.to(torch.float64).T @ b_nq, b_nq.T @ b_nq
-
-
 def accumulate(state: BasisState, z_Kq: Tensor, gram_qq: Tensor, row_count: int) -> BasisState:
     """Return the state with a sketch of `row_count` rows added to its accumulator.
 
@@ -257,9 +173,8 @@ def refresh(
         return state
     becomes_warm = state.phase == "warm" or state.num_refreshes + 1 >= num_cold_steps
     v = _next_basis(state, NoisePosition(step, 0), refill_key, becomes_warm)
-    cleared = without_sketch(state)
     if v is None:
-        return replace(cleared, num_kept=state.num_kept + 1)
+        return replace(without_sketch(state), num_kept=state.num_kept + 1)
     energies = torch.zeros_like(state.energies)
     if ordered:
         z = state.z[:, : state.num_sketch_columns]
@@ -268,10 +183,17 @@ def refresh(
         energies[: values.numel()] = values
     new_v = torch.zeros_like(state.v)
     new_v[:, : v.shape[1]] = v.to(torch.bfloat16)
+    return renewed(state, new_v, energies, step, phase="warm" if becomes_warm else "cold")
+
+
+def renewed(
+    state: BasisState, v_Kq: Tensor, energies: Tensor, step: int, phase: Literal["cold", "warm"] = "warm"
+) -> BasisState:
+    """Return the state after a refresh at `step` that made v_Kq, [K, q] bf16, and energies, [q] float64."""
     return replace(
-        cleared,
-        phase="warm" if becomes_warm else "cold",
-        v=new_v,
+        without_sketch(state),
+        phase=phase,
+        v=v_Kq,
         energies=energies,
         last_refresh_step=step,
         num_refreshes=state.num_refreshes + 1,
@@ -346,6 +268,8 @@ def resized(
 
 def without_sketch(state: BasisState) -> BasisState:
     """Return the state with the rows sketched since the last refresh forgotten."""
+    if state.row_count == 0:  # the sums are zero, and tensors of a state never change
+        return state
     return replace(state, z=torch.zeros_like(state.z), gram=torch.zeros_like(state.gram), row_count=0)
 
 
@@ -376,8 +300,11 @@ def state_tensors(state: BasisState) -> dict[str, Tensor]:
         state.num_kept,
         state.num_refreshes,
     ]
+    v = state.v
+    if v.untyped_storage().nbytes() > v.nbytes:  # made with others: a file would take them all along
+        v = v.clone()
     return {
-        "v": state.v,
+        "v": v,
         "z": state.z,
         "gram": state.gram,
         "energies": state.energies,

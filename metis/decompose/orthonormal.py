@@ -15,8 +15,8 @@ It is also easily fooled, hence the acceptance test and the fallback:
 * The eigenvectors of a scaled Gram matrix are those of almost an identity, decided by rounding noise. The
   fallback therefore rotates its columns by the energy they carry, which has gaps.
 
-Shape letters: K features (the whole logical axis, all ranks' rows gathered), q columns given, r columns
-wanted.
+Shape letters: G matrices, K features (the whole logical axis, all ranks' rows gathered), q columns given, r
+columns wanted.
 """
 
 from __future__ import annotations
@@ -72,26 +72,62 @@ def orthonormalize(
     assert z_Kq.dtype == torch.float64 and num_given <= num_columns <= num_features
     if num_given == 0 or not bool(torch.isfinite(z_Kq).all()) or not bool(z_Kq.any()):
         return OrthonormalResult(None, "kept")
-    z_Kq = _scale_to_one(z_Kq)
-    norms_q = torch.linalg.vector_norm(z_Kq, dim=0)
-    # A zero column stays zero: it fails the test below and the fallback drops it.
-    unit_Kq = z_Kq / torch.where(norms_q > 0, norms_q, torch.ones_like(norms_q))
     status: Literal["cholesky", "eigh"] = "cholesky"
-    v = _cholesky_qr2(unit_Kq)
-    if v is None:
+    v_GKq, ok = orthonormal_columns(z_Kq[None])
+    v = v_GKq[0]
+    if not bool(ok):
         status = "eigh"
-        v = _dominant_subspace(unit_Kq)
-        v = order_by_energy(v, z_Kq)
+        z_Kq = _scale_to_one(z_Kq)
+        norms_q = torch.linalg.vector_norm(z_Kq, dim=0)
+        # A zero column stays zero, and is dropped.
+        unit_Kq = z_Kq / torch.where(norms_q > 0, norms_q, torch.ones_like(norms_q))
+        v = order_by_energy(_dominant_subspace(unit_Kq), z_Kq)
     if v.shape[1] < num_columns:
         v = _refill(v, num_columns, refill_key, position or NoisePosition(0, 0))
     return OrthonormalResult(v, status) if is_orthonormal(v) else OrthonormalResult(None, "kept")
 
 
+def orthonormal_columns(z_GKq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (V, ok) of the regular way for many matrices at once, asking the host nothing.
+
+    z_GKq: [G, K, q] float64. Returns V [G, K, q] and ok [G] bool; V means nothing where ok is false,
+    which is where `orthonormalize` falls back.
+    """
+    noise = noise_level(z_GKq.shape[-1])
+    # By the largest entry first, so that squares neither under- nor overflow. Then a norm is at least one but
+    # for a column of zeros, which stays one and fails below. NaN and infinity become NaN and fail as well.
+    largest = torch.linalg.vector_norm(z_GKq, ord=torch.inf, dim=-2, keepdim=True)
+    v = z_GKq / largest.clamp_(min=torch.finfo(torch.float64).tiny)
+    v /= torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_(min=1.0)
+    identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    ok = None
+    for shift in (GRAM_SHIFT, 0.0):
+        gram = torch.bmm(v.mT, v)
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        if ok is None:
+            diagonal.add_(shift)
+        else:
+            # A column with a share rho of its own has the squared norm rho / (rho + GRAM_SHIFT) after the
+            # first pass.
+            ok &= diagonal.amin(dim=-1) > noise / (noise + GRAM_SHIFT)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        ok = info == 0 if ok is None else ok & (info == 0)
+        # A triangle of q x q is inverted and the tall matrix multiplied, which is what devices are fast at;
+        # what it costs in accuracy in the first pass, the second mends.
+        v = torch.bmm(v, torch.linalg.solve_triangular(factor, identity, upper=False).mT)
+    return v, ok & _are_orthonormal(v)
+
+
 def is_orthonormal(v_Kr: Tensor) -> bool:
     """Return whether V is finite and max|V^T V - I| < 1e-6."""
-    identity = torch.eye(v_Kr.shape[1], dtype=v_Kr.dtype, device=v_Kr.device)
+    return bool(_are_orthonormal(v_Kr[None]))
+
+
+def _are_orthonormal(v_GKr: Tensor) -> Tensor:
+    error = torch.bmm(v_GKr.mT, v_GKr)
+    error.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     # A NaN or infinity anywhere makes the comparison false.
-    return bool((v_Kr.T @ v_Kr - identity).abs().max() < MAX_ORTHOGONALITY_ERROR)
+    return torch.linalg.vector_norm(error, ord=torch.inf, dim=(-2, -1)) < MAX_ORTHOGONALITY_ERROR
 
 
 def order_by_energy(v_Kr: Tensor, z_Kq: Tensor) -> Tensor:
@@ -124,24 +160,6 @@ def _scale_to_one(z: Tensor) -> Tensor:
     exponent = math.frexp(float(z.abs().max()))[1]
     half = exponent // 2
     return z * 2.0**-half * 2.0 ** (half - exponent)
-
-
-def _cholesky_qr2(unit_Kq: Tensor) -> Tensor | None:
-    """Shifted, then plain CholeskyQR of columns of norm one (or zero); None if they are dependent."""
-    noise = noise_level(unit_Kq.shape[1])
-    v = unit_Kq
-    for shift in (GRAM_SHIFT, 0.0):
-        gram = v.T @ v
-        # A column with a share rho of its own has the squared norm rho / (rho + GRAM_SHIFT) after the first
-        # pass.
-        if shift == 0.0 and not bool((gram.diagonal() > noise / (noise + GRAM_SHIFT)).all()):
-            return None
-        gram.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) != 0:
-            return None
-        v = torch.linalg.solve_triangular(factor.T, v, upper=True, left=False)
-    return v if is_orthonormal(v) else None
 
 
 def _dominant_subspace(unit_Kq: Tensor) -> Tensor:

@@ -17,15 +17,8 @@ from metis.decompose.basis import (
     BasisState,
     accumulate,
     active_basis,
-    bernoulli_rows,
     empty_state,
-    minimum_rows,
-    num_sampled_rows,
-    pinned_rows,
     refresh,
-    sample_probability,
-    sample_rows,
-    sketch,
     sketch_directions,
     state_from_tensors,
     state_tensors,
@@ -39,6 +32,15 @@ from metis.decompose.projector import (
     num_chunks_for,
     tree_sum,
 )
+from metis.decompose.sampling import (
+    bernoulli_rows,
+    minimum_rows,
+    num_sampled_rows,
+    pinned_rows,
+    sample_probability,
+    sample_rows,
+)
+from metis.decompose.sketch import sketch
 from metis.errors import ShapeError
 from metis.rng import NoisePosition, stream_key
 

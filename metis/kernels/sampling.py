@@ -1,0 +1,214 @@
+"""Which rows of a microbatch the next basis is made from, and those rows, without asking the host anything.
+
+One idea: a boolean mask makes the host wait for the number of rows. Here the rows go to the first places of
+an array of fixed size instead, in the order of the matrix, each with a one behind it that says the place is
+used; all else is zero and adds nothing to any sum. The choice is that of
+`metis.decompose.sampling.sample_rows`, row for row: the same hash, the same pinned rows, the same ties.
+
+Two launches: the largest magnitude of every row; then the choice and the copy. Each program of the second
+repeats the choice for all rows before its own, because that is cheaper than a launch that does it once.
+
+Traps:
+* A number that changes from step to step may not be specialised (it would compile anew), nor change its type:
+  the threshold, which needs 33 bits, travels as two numbers.
+* Rows that find no place are dropped, those of the highest local index, which depends on the layout. With
+  `metis.decompose.sampling.row_capacity` places that happens once in 1e18 microbatches.
+
+Shape letters: M rows held here, A rows of the whole microbatch (over all ranks), K columns, n places.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metis.decompose.sampling import MARK_COLUMNS
+from metis.errors import ShapeError
+from metis.kernels.arguments import ceil_div, next_power_of_two, require_matrix
+from metis.kernels.elementary import (
+    EXPONENT_BITS,
+    MAGNITUDE_BITS,
+    QUIET_NAN_BITS,
+    as_int_pointer,
+    load_float32,
+    magnitude_bits,
+    philox4x32,
+)
+from metis.kernels.launching import Launcher
+from metis.rng import NoisePosition
+
+_AMAX_TILE = (8, 512)
+_ROWS_PER_PROGRAM = 64
+_COPY_COLUMNS = 128
+_MAX_TILE = 4096
+_WARPS = 8
+
+
+@triton.jit
+def _row_amax_kernel(
+    x,
+    out,
+    num_rows,
+    num_cols,
+    stride_r,
+    IS_BF16: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    rows = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
+    inside = (rows < num_rows)[:, None]
+    base = rows.to(tl.int64)[:, None] * stride_r
+    largest = tl.zeros([TILE_R, TILE_C], dtype=tl.int32)
+    for start in range(0, num_cols, TILE_C):
+        cols = (start + tl.arange(0, TILE_C))[None, :]
+        values = load_float32(x, base + cols, inside & (cols < num_cols), IS_BF16)
+        largest = tl.maximum(largest, magnitude_bits(values))
+    result = tl.max(largest, axis=1)
+    result = tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result)
+    tl.store(as_int_pointer(out) + rows, result, mask=rows < num_rows)
+
+
+@triton.jit
+def _rank_keys(amax, index, rows, mask):
+    """Return int64 keys that order rows as `pinned_rows` does: by amax, then the lower index; -1 outside."""
+    bits = (tl.load(as_int_pointer(amax) + rows, mask=mask, other=0) & MAGNITUDE_BITS).to(tl.int64)
+    bits = tl.where(bits > EXPONENT_BITS, QUIET_NAN_BITS, bits)
+    lower_first = 0x7FFFFFFF - tl.load(index + rows, mask=mask, other=0).to(tl.int64)
+    return tl.where(mask, (bits << 32) | lower_first, -1)
+
+
+@triton.jit
+def _are_chosen(amax, index, rows, mask, cut, threshold, k0, k1, c2, c3):
+    """Return 1 for every row that is sampled by its hash or pinned by its amax, else 0: int32."""
+    row = tl.load(index + rows, mask=mask, other=0).to(tl.uint32)
+    word, _, _, _ = philox4x32(tl.full(row.shape, 0xFFFFFFFF, tl.uint32), row, c2, c3, k0, k1)
+    chosen = (word.to(tl.int64) < threshold) | (_rank_keys(amax, index, rows, mask) >= cut)
+    return (chosen & mask).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=("threshold_high", "threshold_low", "key_0", "key_1", "microbatch", "step"))
+def _take_rows_kernel(
+    x,
+    amax,
+    index,
+    out,
+    first,
+    num_rows,
+    num_all,
+    num_cols,
+    stride_r,
+    stride_out,
+    num_places,
+    threshold_high,
+    threshold_low,
+    key_0,
+    key_1,
+    microbatch,
+    step,
+    IS_BF16: tl.constexpr,
+    NUM_PINNED: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    k0 = key_0.to(tl.uint32, bitcast=True)
+    k1 = key_1.to(tl.uint32, bitcast=True)
+    c2 = microbatch.to(tl.uint32, bitcast=True)
+    c3 = step.to(tl.uint32, bitcast=True)
+    threshold = (threshold_high.to(tl.int64) << 16) + threshold_low
+    # The key of the last pinned row: each round finds the largest key below the one before.
+    cut = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for _ in range(NUM_PINNED):
+        best = tl.full([TILE], -1, tl.int64)
+        for start in range(0, num_all, TILE):
+            rows = start + tl.arange(0, TILE)
+            keys = _rank_keys(amax, index, rows, rows < num_all)
+            best = tl.maximum(best, tl.where(keys < cut, keys, -1))
+        cut = tl.max(best, axis=0)
+    # Places taken by rows before this program's.
+    own = tl.program_id(0) * TILE_R
+    before = tl.zeros([TILE], dtype=tl.int32)
+    for start in range(0, own, TILE):
+        rows = start + tl.arange(0, TILE)
+        before += _are_chosen(amax, index, first + rows, rows < own, cut, threshold, k0, k1, c2, c3)
+    rows = own + tl.arange(0, TILE_R)
+    chosen = _are_chosen(amax, index, first + rows, rows < num_rows, cut, threshold, k0, k1, c2, c3)
+    places = tl.sum(before, axis=0) + tl.cumsum(chosen, axis=0) - chosen
+    taken = (chosen > 0) & (places < num_places)
+    source = rows.to(tl.int64)[:, None] * stride_r
+    target = places.to(tl.int64)[:, None] * stride_out
+    for start in range(0, num_cols, TILE_C):
+        cols = (start + tl.arange(0, TILE_C))[None, :]
+        mask = taken[:, None] & (cols < num_cols)
+        tl.store(out + target + cols, tl.load(x + source + cols, mask=mask), mask=mask)
+    one = 0x3F80 if IS_BF16 else 1
+    mark = tl.full([TILE_R], one, tl.int32).to(out.dtype.element_ty)
+    tl.store(out + places.to(tl.int64) * stride_out + num_cols, mark, mask=taken)
+
+
+_launch_row_amax, _launch_take_rows = Launcher(_row_amax_kernel), Launcher(_take_rows_kernel)
+
+
+def row_amax(x: Tensor) -> Tensor:
+    """Return the largest magnitude of every row, fp32 [M]; a row with a NaN gives the NaN 0x7FC00000.
+
+    x: [M, K] fp32, bf16 or fp16, contiguous along K.
+    """
+    _require_rows("row_amax", x)
+    num_rows, num_cols = x.shape
+    out = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    height, width = _AMAX_TILE
+    _launch_row_amax(
+        (ceil_div(num_rows, height), 1), (x, out, num_rows, num_cols, x.stride(0)),
+        (x.dtype == torch.bfloat16, height, width), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def take_rows(
+    x: Tensor,
+    amax: Tensor,
+    index: Tensor,
+    *,
+    key: tuple[int, int],
+    position: NoisePosition,
+    threshold: int,
+    num_pinned_rows: int,
+    num_places: int,
+    first: int = 0,
+) -> Tensor:
+    """Return the sampled and the pinned rows of x in the first of n places: [n, K + MARK_COLUMNS] in x's
+    dtype.
+
+    x: [M, K] as for `row_amax`. amax: fp32 [A] and index: int32 [A], of all rows of the microbatch, of which
+    x holds those from `first` on. key, position: of the hash; threshold in [0, 2^32]: a row whose word is
+    below it is sampled. Column K is one where the place is used, and all else is zero.
+    """
+    _require_rows("take_rows", x)
+    num_rows, num_cols = x.shape
+    num_all = amax.numel()
+    if index.shape != amax.shape or index.dtype != torch.int32 or first + num_rows > num_all:
+        raise ShapeError(
+            "take_rows",
+            f"needs an amax and an int32 index of all rows, received {tuple(amax.shape)} maxima, "
+            f"{tuple(index.shape)} {index.dtype} for rows {first} to {first + num_rows}",
+        )
+    out = torch.zeros(num_places, num_cols + MARK_COLUMNS, dtype=x.dtype, device=x.device)
+    words = (*key, position.microbatch, position.step)
+    _launch_take_rows(
+        (ceil_div(num_rows, _ROWS_PER_PROGRAM), 1),
+        (x, amax, index, out, first, num_rows, num_all, num_cols, x.stride(0), out.stride(0), num_places),
+        (x.dtype == torch.bfloat16, num_pinned_rows, min(_MAX_TILE, next_power_of_two(num_all)),
+         _ROWS_PER_PROGRAM, _COPY_COLUMNS),
+        (threshold >> 16, threshold & 0xFFFF, *(w - 2**32 if w >= 2**31 else w for w in words)),
+        num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _require_rows(where: str, x: Tensor) -> None:
+    require_matrix(where, x, (1, 1), None)
+    if x.stride(1) != 1:
+        raise ShapeError(where, f"needs a row-major matrix, received strides {x.stride()}")
