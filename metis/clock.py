@@ -43,7 +43,9 @@ class OperandWatch:
     def note_amax(self, layer: str, cell_name: str, amax: Tensor) -> None:
         """Take in the amax of one operand."""
         key = (layer, cell_name)
-        self._largest[key] = amax if key not in self._largest else torch.maximum(self._largest[key], amax)
+        largest = self._largest.get(key)
+        if largest is not amax:  # a weight is encoded once for many microbatches
+            self._largest[key] = amax if largest is None else torch.maximum(largest, amax)
 
     def take_nonfinite(self) -> list[tuple[str, str]]:
         """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""

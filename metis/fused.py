@@ -122,7 +122,7 @@ def scale_target(quantizer: QuantizerConfig) -> float:
     return TENSOR_SCALE_TARGET
 
 
-def fused_quantize(
+def kernel_quantize(
     matrix: Tensor,
     quantizer: QuantizerConfig,
     amax: Tensor | None,
@@ -130,11 +130,12 @@ def fused_quantize(
     want_bytes: bool,
     want_operand: bool = True,
     operand_out: Tensor | None = None,
-) -> FusedTensor:
-    """Return what `metis.quantize` would make of the matrix [R, C], rotation included.
+) -> KernelOutput:
+    """Return codes, scales and operand that `metis.quantize` would make of the matrix [R, C], rotation
+    included.
 
-    amax: reduced over shards; None only where the format has no tensor scale (then it is the local one).
-    operand_out: where the decoded operand goes, bf16 [R, C]; None: a new tensor.
+    amax: reduced over shards; not read where the format has no tensor scale. operand_out: where the decoded
+    operand goes, bf16 [R, C]; None: a new tensor.
     """
     common = {
         "rounding": quantizer.rounding,
@@ -146,15 +147,28 @@ def fused_quantize(
         "want_operand": want_operand,
         "operand_out": operand_out,
     }
-    amax = fused_amax(matrix, quantizer) if amax is None else amax
     if quantizer.format == "mxfp4":
-        output = kernels.quantize_mxfp4(matrix, **common)
-    else:
-        output = kernels.quantize_nvfp4(
-            matrix, amax, block_shape=quantizer.block_shape, four_over_six=quantizer.four_over_six, **common
-        )
+        return kernels.quantize_mxfp4(matrix, **common)
+    assert amax is not None
+    return kernels.quantize_nvfp4(
+        matrix, amax, block_shape=quantizer.block_shape, four_over_six=quantizer.four_over_six, **common
+    )
+
+
+def fused_quantize(
+    matrix: Tensor,
+    quantizer: QuantizerConfig,
+    amax: Tensor | None,
+    noise: KernelNoise | None,
+    want_bytes: bool,
+    want_operand: bool = True,
+) -> FusedTensor:
+    """Return `kernel_quantize` as a tensor; amax: None only where the format has no tensor scale (then it is
+    the local one).
+    """
+    amax = fused_amax(matrix, quantizer) if amax is None else amax
     return FusedTensor(
-        output=output,
+        output=kernel_quantize(matrix, quantizer, amax, noise, want_bytes, want_operand),
         shape=matrix.shape,
         amax=amax,
         block_shape=quantizer.block_shape,

@@ -11,13 +11,22 @@ each in fp32, rounded once to the output. The quantised terms are exactly those 
 times block scales, exact in bf16, alpha in the epilogue); a thin factor is rounded to bf16 once, after the
 division by alpha. dw is added to the engine's fp32 accumulator in the same call.
 
-What depends on the weight alone is made once per optimizer step (`EncodedWeight`). Saved for backward are R_x
-(which takes the place of x) and P_x; nothing else is larger than a thin factor.
+What depends on the weight alone is made once per optimizer step (`metis.encoded_weight`). Saved for backward
+are R_x (which takes the place of x) and P_x; nothing else is larger than a thin factor. Under `save_packed`
+the codes of wgrad's copy take the place of R_x, and P_g^T R_x reads what they decode to.
+
+Under sequence parallelism one operand arrives as a shard of its tokens: it is projected, split and quantised
+there, and gathered as codes and thin factors (`metis.fused_operand`). P_g^T R_x and P_x^T g sum over tokens:
+each rank takes its own rows, and the thin sums are added over the ranks.
 
 `metis.functional` stays the definition, and runs whatever is not covered here (`is_fusable`, `can_run`).
 Coefficients and residuals come from `metis.kernels.projection`, within fp32 rounding of the definition's.
 
-Shape letters: M tokens, K in_features, N out_features, r ranks (of x, w and g, which may differ).
+Trap: 1 / alpha must be finite, so alpha is held at 2^-100 or above where there are thin factors. A product
+whose amaxes multiply to less than 6e-24 (gradients of 1e-23 beside weights of 1) loses its scale.
+
+Shape letters: M tokens, m of them held here, K in_features, N out_features, r ranks (of x, w and g, which may
+differ).
 """
 
 from __future__ import annotations
@@ -30,17 +39,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metis import kernels
-from metis.config import CellConfig, QuantizerConfig, Recipe
-from metis.decompose.projector import num_chunks_for
-from metis.formats import as_float32
+from metis.config import QuantizerConfig, Recipe
+from metis.encoded_weight import EncodedWeight, WeightCache
 from metis.functional import LinearPlan, as_placeholder, operand_of
 from metis.functional import quantized_linear as reference_linear
-from metis.fused import can_fuse, fused_quantize, scale_target, sign_vector
+from metis.fused import can_fuse, scale_target
+from metis.fused_operand import (
+    amaxes,
+    basis_of,
+    columns_of_ranks,
+    decode_into,
+    fill_rows,
+    gather_together,
+    note,
+    product_scales,
+    quantize_into,
+    quantize_to_bytes,
+    rows_held,
+    scaled_into,
+    shards_of,
+    split,
+    thin_columns,
+    thin_sums,
+    wide,
+    width_of,
+)
 from metis.gemm import EmulatedGemm, scaled_product
-from metis.operand import Axis
+
+__all__ = ["WeightCache", "can_run", "is_fusable", "quantized_linear"]
 
 MAX_RANK = 128
 """Columns of a basis that the kernels hold, of `metis.kernels.projection`."""
+_MAX_CHUNKS = 32
+"""Partial sums that one program adds, of `metis.kernels.projection.fold`."""
 
 _ANY_QUANTIZER = QuantizerConfig()
 _GEMMS = {
@@ -51,11 +82,13 @@ _GEMMS = {
 
 
 def is_fusable(recipe: Recipe, in_features: int, out_features: int) -> bool:
-    """Whether this file covers a recipe: 4-bit cells of one term, bf16 heads, no mean, no packed saving.
+    """Whether this file covers a recipe: 4-bit cells of one term, bf16 heads, no mean.
 
     Both cells of a GEMM are quantised or neither; both cells of an operand split alike (or one is whole).
     """
-    if recipe.save_packed or recipe.spectral_learning_rate is not None:
+    if recipe.spectral_learning_rate is not None:
+        return False
+    if recipe.basis is not None and recipe.basis.num_canonical_chunks > _MAX_CHUNKS:
         return False
     cells = {name: getattr(recipe, name) for pair in _GEMMS.values() for name in pair}
     for name, cell in cells.items():
@@ -83,440 +116,352 @@ def is_fusable(recipe: Recipe, in_features: int, out_features: int) -> bool:
     return True
 
 
-def can_run(x_MK: Tensor, plan: LinearPlan) -> bool:
-    """Whether a pass runs here: a fusable recipe, bf16 on a device with kernels, no shards to gather."""
+def can_run(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> bool:
+    """Whether a pass runs here: a fusable recipe, bf16 on a device with kernels, shards that share their
+    amaxes.
+    """
+    shards_fit = plan.gather is None or (plan.recipe.amax_scope == "global" and plan.gather.parts == 1)
     return (
         plan.weights is not None
-        and x_MK.dtype == torch.bfloat16
-        and plan.gather is None
+        and x_MK.dtype == w_NK.dtype == torch.bfloat16
+        and w_NK.stride(1) == 1
+        and shards_fit
         and isinstance(plan.backend, EmulatedGemm)
         and can_fuse(x_MK, _ANY_QUANTIZER, plan.backend.kernels)
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One operand of one GEMM in a buffer whose further columns (or rows) hold thin factors.
+@dataclass(slots=True)
+class _SavedInput:
+    """What backward needs of x, of the tokens held here.
 
-    buffer: [rows, features + extra] or [rows + extra, features] bf16. amax: of what was quantised, None
-    without a tensor scale.
+    residual: R, [m, K] (x itself where nothing is split); or, packed, codes [K, m / 2] and scales of wgrad's
+    copy. p: [m, r]. amax: of wgrad's copy, over all ranks, where it is known.
     """
 
-    buffer: Tensor
-    amax: Tensor | None
+    residual: Tensor | None
+    p: Tensor | None = None
+    amax: Tensor | None = None
+    packed: Tensor | None = None
+    scale_bytes: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the fields in order."""
+        return self.residual, self.p, self.amax, self.packed, self.scale_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedWeight:
-    """What a linear's products read of its weight in one optimizer step.
-
-    fprop: [N, K + r_x + r_w]; dgrad: [N + r_g + r_w, K]; one buffer where both cells quantise alike in tiles.
-    t_input = w V_x, fp32 [N, r_x]; t_grad = V_g^T w, fp32 [r_g, K]. u = P of the weight, [N, r_w].
-    """
-
-    fprop: _Side
-    dgrad: _Side
-    t_input: Tensor | None
-    t_grad: Tensor | None
-    u: Tensor | None
-
-
-class WeightCache:
-    """Keeps the encoded weight of the running step; `clear` whenever the weight may have changed.
-
-    The training loop clears it after the optimizer step (`advance_bases`). An in-place change that torch
-    counts (an optimizer's, a `load_state_dict`) is noticed without that.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._encoded: EncodedWeight | None = None
-
-    def clear(self) -> None:
-        """Forget the weight."""
-        self._key = self._encoded = None
-
-    def get(self, w_NK: Tensor, plan: LinearPlan) -> EncodedWeight:
-        """Return the weight as this step's products read it."""
-        bases = (plan.v_input, plan.v_weight, plan.v_grad_output)
-        key = (w_NK.data_ptr(), w_NK._version, plan.position.step, *bases)
-        if self._key is None or not _same(key, self._key):
-            self._key = self._encoded = None  # the old one goes before the new one comes
-            self._encoded = encode_weight(w_NK, plan)
-            self._key = key
-        assert self._encoded is not None
-        return self._encoded
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
-        return WeightCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return WeightCache, ()
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y if isinstance(x, Tensor) or x is None else x == y for x, y in zip(a, b, strict=True))
-
-
-def encode_weight(w_NK: Tensor, plan: LinearPlan) -> EncodedWeight:
-    """Split and quantise a weight for both products that read it, with the factors that go beside it."""
-    recipe = plan.recipe
-    fprop_cell, dgrad_cell = recipe.fprop_weight, recipe.dgrad_weight
-    num_out, num_in = w_NK.shape
-    splits_x, splits_g = _basis(plan, "fprop_input"), _basis(plan, "dgrad_grad_output")
-    v_w = _basis(plan, "fprop_weight" if fprop_cell.split is not None else "dgrad_weight")
-    r_x, r_g, r_w = (0 if v is None else v.shape[1] for v in (splits_x, splits_g, v_w))
-    u, amax, residual = None, None, w_NK
-    quantizers = [cell.quantizer for cell in (fprop_cell, dgrad_cell) if cell.quantizer is not None]
-    if not quantizers:
-        plain = _Side(w_NK, None)
-        return EncodedWeight(plain, plain, None, None, None)
-    if v_w is not None:
-        u, amax, residual, _ = _split(w_NK, v_w, plan.in_features, plan)
-    shares = (
-        fprop_cell.quantizer == dgrad_cell.quantizer
-        and fprop_cell.quantizer is not None
-        and fprop_cell.quantizer.block_shape == (16, 16)
-        and fprop_cell.quantizer.rht is None
-    )
-    if shares:
-        whole = _empty(w_NK, num_out + r_g + r_w, num_in + r_x + r_w)
-        sides = {"fprop_weight": whole[:num_out], "dgrad_weight": whole[:, :num_in]}
+def _forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor, _SavedInput]:
+    """Return y of all tokens in bf16, and what backward needs of x."""
+    recipe, shards = plan.recipe, shards_of(plan, "input")
+    quantizer, wgrad_quantizer = recipe.fprop_input.quantizer, recipe.wgrad_input.quantizer
+    wgrad_quantizer = wgrad_quantizer if keep else None
+    encoded: EncodedWeight = plan.weights.get(w, plan)
+    num_here, num_in = x.shape
+    num_tokens = num_here if shards is None else num_here * shards.num_shards
+    y = torch.empty(num_tokens, w.shape[0], dtype=x.dtype, device=x.device)
+    v_x = v_w = None
+    if quantizer is not None:
+        v_x, v_w = basis_of(plan, "fprop_input"), basis_of(plan, "fprop_weight")
+    elif wgrad_quantizer is not None:
+        v_x = basis_of(plan, "wgrad_input")
+    left = thin = beside = None
+    if quantizer is not None:
+        left = wide(x, num_tokens, num_in + width_of(v_x) + width_of(v_w))
+        thin = thin_columns(left, num_in, shards)
+        beside = thin[:, : width_of(v_x)]
+    p = amax = sums = None
+    residual = x
+    if v_x is not None:
+        p, amax, residual, sums = split(x, v_x, plan.in_features, plan, beside=beside, factor=v_w)
+    elif v_w is not None:
+        sums = thin_sums(x, v_w)
+    used = amaxes(residual, plan, ("fprop_input", "wgrad_input"), (quantizer, wgrad_quantizer), amax)
+    if quantizer is None:
+        scaled_product(x if shards is None else shards.gather_rows(x), w, y)
     else:
-        sides = {
-            "fprop_weight": _empty(w_NK, num_out, num_in + r_x + r_w),
-            "dgrad_weight": _empty(w_NK, num_out + r_g + r_w, num_in),
-        }
-    result: dict[str, _Side] = {}
-    for name, cell in (("fprop_weight", fprop_cell), ("dgrad_weight", dgrad_cell)):
-        buffer = sides[name]
-        if cell.quantizer is None:
-            result[name] = _Side(w_NK, None)
-            continue
-        if name == "dgrad_weight" and shares:
-            result[name] = _Side(buffer, result["fprop_weight"].amax)
-            continue
-        transposed = name == "dgrad_weight"
-        matrix = residual.t() if transposed else residual
-        place = buffer[:num_out].t() if transposed else buffer[:, :num_in]
-        known = amax if cell.quantizer.rht is None else None
-        known = _quantize_into(matrix, cell.quantizer, plan, name, place, known)
-        result[name] = _Side(buffer, known)
-    if u is not None:
-        if fprop_cell.quantizer is not None:
-            sides["fprop_weight"][:num_out, num_in + r_x :].copy_(u)
-        if dgrad_cell.quantizer is not None:
-            sides["dgrad_weight"][num_out + r_g :, :num_in].copy_(v_w.t())
-    t_input = None if splits_x is None else _fp32(w_NK, splits_x.t())
-    t_grad = None if splits_g is None else _fp32(splits_g.t(), w_NK.t())
-    return EncodedWeight(result["fprop_weight"], result["dgrad_weight"], t_input, t_grad, u)
+        _fprop(residual, sums, (left, thin), encoded, plan, used[0], y)  # type: ignore[arg-type]
+    if wgrad_quantizer is None:
+        return y, _SavedInput(x)
+    if not recipe.save_packed:
+        return y, _SavedInput(residual, p, used[1])
+    codes = quantize_to_bytes(residual.t(), wgrad_quantizer, plan, "wgrad_input", used[1])
+    note(used[1], plan, "wgrad_input")
+    return y, _SavedInput(None, p, used[1], *codes)
 
 
-def _fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b^T in fp32."""
-    return scaled_product(a, b, torch.empty(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device))
-
-
-def _empty(like: Tensor, rows: int, cols: int) -> Tensor:
-    return torch.empty(rows, cols, dtype=torch.bfloat16, device=like.device)
-
-
-def _basis(plan: LinearPlan, cell_name: str) -> Tensor | None:
-    """Return the basis in use for a cell, None where it splits nothing (yet)."""
-    cell: CellConfig = getattr(plan.recipe, cell_name)
-    return None if cell.split is None else getattr(plan, f"v_{operand_of(cell_name)}")
-
-
-def _split(
-    x: Tensor,
-    v: Tensor,
-    features: Axis,
+def _fprop(
+    residual: Tensor,
+    sums: Tensor | None,
+    buffers: tuple[Tensor, Tensor],
+    encoded: EncodedWeight,
     plan: LinearPlan,
-    *,
-    beside: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (P, amax of R held here, R, partial sums of R F); P is written to `beside` as well."""
-    basis = plan.recipe.basis
-    assert basis is not None
-    features = features.alone() if basis.tp_mode == "local" else features
-    total = num_chunks_for(features.size // features.parts, basis.num_canonical_chunks)
-    partials = kernels.project(x, v, max(1, total // features.num_shards), features.parts)
-    if features.is_sharded:
-        mine = kernels.fold(partials, dtype=torch.float32)
-        partials = torch.stack(features.gather(mine))
-    p = torch.empty(x.shape[0], v.shape[1], dtype=torch.bfloat16, device=x.device)
-    kernels.fold(partials, out=p, other_out=beside)
-    amax = torch.zeros((), dtype=torch.float32, device=x.device)
-    residual, sums = kernels.residual(x, p, v, amax, factor)
-    return p, amax, residual, sums
-
-
-def _reduced(amax: Tensor, plan: LinearPlan, cell_name: str) -> Tensor:
-    """Return the amax over the ranks that hold the rest of the tensor."""
-    if plan.recipe.amax_scope != "global":
-        return amax
-    for axis in plan.axes(cell_name):
-        amax = axis.reduce_max(amax)
-    return amax
-
-
-def _noted(amax: Tensor | None, plan: LinearPlan, cell_name: str) -> None:
-    if amax is not None and plan.watch is not None:
-        plan.watch.note_amax(plan.layer, cell_name, amax)
-
-
-def _quantize_into(
-    matrix: Tensor,
-    quantizer: QuantizerConfig,
-    plan: LinearPlan,
-    cell_name: str,
-    place: Tensor,
     amax: Tensor | None,
-) -> Tensor | None:
-    """Quantise a matrix [rows, contraction axis] into `place`; returns the amax that was used.
-
-    amax: of this rank's matrix as the cell reads it, None: not known yet.
-    """
-    if quantizer.has_tensor_amax:
-        amax = kernels.amax(matrix, sign_vector(quantizer.rht)) if amax is None else amax
-        amax = _reduced(amax, plan, cell_name)
-    fused_quantize(matrix, quantizer, amax, _noise(quantizer, plan, cell_name), False, operand_out=place)
-    _noted(amax, plan, cell_name)
-    return amax
-
-
-def _noise(quantizer: QuantizerConfig, plan: LinearPlan, cell_name: str) -> kernels.KernelNoise | None:
-    if quantizer.rounding != "stochastic":
-        return None
-    is_transposed = cell_name in ("dgrad_weight", "wgrad_grad_output", "wgrad_input")
-    return plan.noise(cell_name).for_kernel(*plan.axes(cell_name), is_transposed)
-
-
-def _scales(
-    left: QuantizerConfig,
-    right: QuantizerConfig,
-    amaxes: tuple[Tensor | None, Tensor | None],
-    has_extra: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (alpha, 1 / alpha) of a product, None without tensor scales."""
-    if amaxes[0] is None or amaxes[1] is None:
-        return None, None
-    reciprocal = as_float32(1 / (scale_target(left) * scale_target(right)))
-    return kernels.gemm_scales(*amaxes, reciprocal, invertible=has_extra)
-
-
-def _scaled_into(place: Tensor, thin: Tensor, inverse: Tensor | None) -> None:
-    """Write a thin fp32 factor, divided by alpha, into its place beside an operand."""
-    if inverse is None:
-        place.copy_(thin)
-    else:
-        torch.mul(thin, inverse, out=place)
+    y: Tensor,
+) -> None:
+    """Complete the left operand (P_x is in its place) and multiply."""
+    (left, thin), num_in = buffers, residual.shape[1]
+    quantizer, w_quantizer = plan.recipe.fprop_input.quantizer, plan.recipe.fprop_weight.quantizer
+    assert quantizer is not None and w_quantizer is not None
+    pair = amax, encoded.fprop.amax
+    alpha, inverse = product_scales((quantizer, w_quantizer), pair, thin.shape[1] > 0)
+    if sums is not None:
+        kernels.fold(sums, out=thin[:, thin.shape[1] - sums.shape[2] :], factor=inverse)
+    fill_rows(left, residual, quantizer, plan, "fprop_input", amax, thin)
+    right = encoded.fprop.buffer
+    if encoded.t_input is not None:
+        scaled_into(right[:, num_in : num_in + encoded.t_input.shape[1]], encoded.t_input, inverse)
+    note(amax, plan, "fprop_input")
+    note(encoded.fprop.amax, plan, "fprop_weight")
+    scaled_product(left, right, y, alpha)
 
 
 @dataclass(slots=True)
-class _SavedInput:
-    """What backward needs of x: R (x itself where nothing is split), P, and the amaxes known so far."""
+class _Gradient:
+    """g of a backward pass: split, quantised for both products, whole again where it came as a shard.
 
-    residual: Tensor
+    g: what arrived, [m, N]. p: of all tokens, [M, r_g]. left: dgrad's operand [M, N + r_g + r_w]; for_wgrad:
+    wgrad's [M + r_g + r_x, N], whose last r_x rows are still open. amaxes: of both copies.
+    """
+
+    g: Tensor
     p: Tensor | None
-    amax: Tensor | None
-    rotated_amax: Tensor | None
+    left: Tensor | None
+    for_wgrad: Tensor | None
+    amaxes: tuple[Tensor | None, Tensor | None]
+    alpha: Tensor | None = None
+    inverse: Tensor | None = None
 
 
-def _forward(x: Tensor, w: Tensor, plan: LinearPlan, needs_wgrad: bool) -> tuple[Tensor, _SavedInput]:
-    """Return y in bf16 and what backward needs."""
-    recipe = plan.recipe
-    encoded = plan.weights.get(w, plan)  # type: ignore[union-attr]
-    num_in = x.shape[1]
-    y = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    cell, wgrad_quantizer = recipe.fprop_input, recipe.wgrad_input.quantizer
-    quantizer = cell.quantizer
-    v_x = _basis(plan, "fprop_input" if quantizer is not None else "wgrad_input")
-    if quantizer is None:
-        scaled_product(x, w, y)
-        if v_x is None or not needs_wgrad:
-            return y, _SavedInput(x, None, None, None)
-        p, amax, residual, _ = _split(x, v_x, plan.in_features, plan)
-        return y, _SavedInput(residual, p, amax, None)
-    r_x = 0 if v_x is None else v_x.shape[1]
-    r_w = 0 if encoded.u is None else encoded.u.shape[1]
-    v_w = _basis(plan, "fprop_weight")
-    left = _empty(x, x.shape[0], num_in + r_x + r_w)
-    p = sums = amax = rotated = None
-    residual = x
-    if v_x is not None:
-        beside = left[:, num_in : num_in + r_x]
-        p, amax, residual, sums = _split(x, v_x, plan.in_features, plan, beside=beside, factor=v_w)
-    elif v_w is not None:
-        sums = kernels.project(x, v_w, num_chunks_for(num_in, 8))
-    rotation = None if wgrad_quantizer is None else sign_vector(wgrad_quantizer.rht)
-    if quantizer.has_tensor_amax and quantizer.rht is None and amax is None:
-        if needs_wgrad and rotation is not None and residual.shape[0] % len(rotation) == 0:
-            amax, rotated = kernels.amax_both(residual, rotation)
-        else:
-            amax = kernels.amax(residual)
-    used = _quantize_into(
-        residual, quantizer, plan, "fprop_input", left[:, :num_in], amax if quantizer.rht is None else None
-    )
-    assert recipe.fprop_weight.quantizer is not None
-    alpha, inverse = _scales(
-        quantizer, recipe.fprop_weight.quantizer, (used, encoded.fprop.amax), r_x + r_w > 0
-    )
-    right = encoded.fprop.buffer
-    if sums is not None:
-        kernels.fold(sums, out=left[:, num_in + r_x :], factor=inverse)
-    if encoded.t_input is not None and r_x:
-        _scaled_into(right[:, num_in : num_in + r_x], encoded.t_input, inverse)
-    scaled_product(left, right, y, alpha)
-    if wgrad_quantizer is None:
-        return y, _SavedInput(x, None, None, None)
-    return y, _SavedInput(residual, p, amax, rotated)
+def _open_gradient(
+    g: Tensor, encoded: EncodedWeight, plan: LinearPlan, needs: tuple[bool, bool], r_x: int
+) -> _Gradient:
+    """Split g and write both copies; thin factors of dgrad are complete, those of wgrad but for x's."""
+    recipe, shards = plan.recipe, shards_of(plan, "grad_output")
+    cells = recipe.dgrad_grad_output, recipe.wgrad_grad_output
+    dgrad, wgrad = (cell.quantizer if need else None for cell, need in zip(cells, needs, strict=True))
+    num_here, num_out = g.shape
+    num_tokens = num_here if shards is None else num_here * shards.num_shards
+    v_g = u = None
+    if dgrad is not None or wgrad is not None:
+        v_g = basis_of(plan, "dgrad_grad_output" if dgrad is not None else "wgrad_grad_output")
+    if dgrad is not None:
+        u = encoded.u
+    r_g = width_of(v_g)
+    left = thin = beside = for_wgrad = p = amax = sums = None
+    if dgrad is not None:
+        left = wide(g, num_tokens, num_out + r_g + width_of(u))
+        thin = thin_columns(left, num_out, shards)
+        beside = thin[:, :r_g]
+    residual = g
+    if v_g is not None:
+        p, amax, residual, sums = split(g, v_g, plan.out_features, plan, beside=beside, factor=u)
+    elif u is not None:
+        sums = thin_sums(g, u)
+    used = amaxes(residual, plan, ("dgrad_grad_output", "wgrad_grad_output"), (dgrad, wgrad), amax)
+    alpha = inverse = None
+    if dgrad is not None:
+        assert thin is not None and left is not None and recipe.dgrad_weight.quantizer is not None
+        pair = used[0], encoded.dgrad.amax
+        alpha, inverse = product_scales((dgrad, recipe.dgrad_weight.quantizer), pair, thin.shape[1] > 0)
+        if sums is not None:
+            kernels.fold(sums, out=thin[:, r_g:], factor=inverse)
+        fill_rows(left, residual, dgrad, plan, "dgrad_grad_output", used[0], thin)
+        note(used[0], plan, "dgrad_grad_output")
+        note(encoded.dgrad.amax, plan, "dgrad_weight")
+    if wgrad is not None:
+        for_wgrad = wide(g, num_tokens + r_g + r_x, num_out)
+        p = _fill_columns(for_wgrad[:num_tokens].t(), residual, wgrad, plan, used[1], p)
+        if v_g is not None:
+            for_wgrad[num_tokens : num_tokens + r_g].copy_(v_g.t())
+        note(used[1], plan, "wgrad_grad_output")
+    return _Gradient(g, p, left, for_wgrad, used, alpha, inverse)
+
+
+def _fill_columns(
+    place: Tensor,
+    residual: Tensor,
+    quantizer: QuantizerConfig,
+    plan: LinearPlan,
+    amax: Tensor | None,
+    p: Tensor | None,
+) -> Tensor | None:
+    """Quantise g's residual [m, N] along its tokens into `place` [N, M]; returns P of all tokens."""
+    shards = shards_of(plan, "grad_output")
+    if shards is None:
+        quantize_into(residual.t(), quantizer, plan, "wgrad_grad_output", amax, place)
+        return p
+    codes = quantize_to_bytes(residual.t(), quantizer, plan, "wgrad_grad_output", amax)
+    return _gather_columns(place, codes, quantizer, shards, p)
+
+
+def _gather_columns(
+    place: Tensor, codes: tuple[Tensor, Tensor], quantizer: QuantizerConfig, shards: Any, p: Tensor | None
+) -> Tensor | None:
+    """Decode the columns of all ranks into `place` [features, M]; returns their P, [M, r]."""
+    packed, scale_bytes, *others = gather_together(shards, *codes, *([] if p is None else [p]))
+    decode_into(columns_of_ranks(place, shards), packed, scale_bytes, quantizer)
+    return others[0].flatten(0, 1) if others else None
 
 
 def _backward(
     g: Tensor, w: Tensor, x: _SavedInput, plan: LinearPlan, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dx and what stands for dw."""
-    recipe = plan.recipe
-    dgrad_cell, wgrad_cell = recipe.dgrad_grad_output, recipe.wgrad_grad_output
-    dgrad_quantizer = dgrad_cell.quantizer if needs[0] else None
-    wgrad_quantizer = wgrad_cell.quantizer if needs[1] else None
-    encoded = plan.weights.get(w, plan)  # type: ignore[union-attr]
-    num_tokens, num_out = g.shape
-    num_in = w.shape[1]
-    is_split = dgrad_quantizer is not None or wgrad_quantizer is not None
-    v_g = _basis(plan, "dgrad_grad_output" if dgrad_cell.split is not None else "wgrad_grad_output")
-    v_g = v_g if is_split else None
-    r_g = 0 if v_g is None else v_g.shape[1]
-    u = encoded.u if dgrad_quantizer is not None else None
-    r_w = 0 if u is None else u.shape[1]
-    left = wleft = p = sums = amax = None
-    if dgrad_quantizer is not None:
-        left = _empty(g, num_tokens, num_out + r_g + r_w)
-    r_x = 0 if x.p is None else x.p.shape[1]
-    if wgrad_quantizer is not None:
-        wleft = _empty(g, num_tokens + r_g + r_x, num_out)
-    residual = g
-    if v_g is not None:
-        beside = None if left is None else left[:, num_out : num_out + r_g]
-        p, amax, residual, sums = _split(g, v_g, plan.out_features, plan, beside=beside, factor=u)
-    elif u is not None:
-        sums = kernels.project(g, u, num_chunks_for(num_out, 8))
-    used = _quantize_gradient(residual, (dgrad_quantizer, wgrad_quantizer), plan, (left, wleft), amax)
+    """Return dx of all tokens and what stands for dw."""
+    recipe, shards = plan.recipe, shards_of(plan, "grad_output")
+    encoded: EncodedWeight = plan.weights.get(w, plan)
+    gradient = _open_gradient(g, encoded, plan, needs, width_of(x.p))
+    if shards is not None and (
+        (needs[0] and recipe.dgrad_grad_output.quantizer is None)
+        or (needs[1] and recipe.wgrad_grad_output.quantizer is None)
+    ):
+        g = shards.gather_rows(g)
     dx = dw = None
     if needs[0]:
+        num_out, num_in = w.shape
+        num_tokens = g.shape[0] if gradient.left is None else gradient.left.shape[0]
         dx = torch.empty(num_tokens, num_in, dtype=g.dtype, device=g.device)
-        if dgrad_quantizer is None:
+        if gradient.left is None:
             scaled_product(g, w.t(), dx)
         else:
-            assert recipe.dgrad_weight.quantizer is not None and left is not None
-            amaxes = (used[0], encoded.dgrad.amax)
-            alpha, inverse = _scales(dgrad_quantizer, recipe.dgrad_weight.quantizer, amaxes, r_g + r_w > 0)
             right = encoded.dgrad.buffer
-            if sums is not None:
-                kernels.fold(sums, out=left[:, num_out + r_g :], factor=inverse)
-            if encoded.t_grad is not None and r_g:
-                _scaled_into(right[num_out : num_out + r_g], encoded.t_grad, inverse)
-            scaled_product(left, right.t(), dx, alpha)
-    left = None
+            if encoded.t_grad is not None:
+                rows = right[num_out : num_out + encoded.t_grad.shape[0]]
+                scaled_into(rows, encoded.t_grad, gradient.inverse)
+            scaled_product(gradient.left, right.t(), dx, gradient.alpha)
+            gradient.left = None
     if needs[1]:
-        dw = _weight_gradient(g, residual, p, v_g, w, x, plan, wleft, used[1])
+        dw = _weight_gradient(g, gradient, w, x, plan)
     return dx, dw
 
 
-def _quantize_gradient(
-    residual: Tensor,
-    quantizers: tuple[QuantizerConfig | None, QuantizerConfig | None],
-    plan: LinearPlan,
-    buffers: tuple[Tensor | None, Tensor | None],
-    amax: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Quantise g's residual for dgrad and wgrad; returns the amaxes used."""
-    dgrad, wgrad = quantizers
-    rotated = None
-    if amax is None and dgrad is not None and wgrad is not None and wgrad.rht is not None:
-        rotation = sign_vector(wgrad.rht)
-        assert rotation is not None
-        if dgrad.rht is None and dgrad.has_tensor_amax and wgrad.has_tensor_amax:
-            amax, rotated = kernels.amax_both(residual, rotation)
-    if amax is None and any(q is not None and q.has_tensor_amax and q.rht is None for q in quantizers):
-        amax = kernels.amax(residual)
-    used: list[Tensor | None] = [None, None]
-    if dgrad is not None:
-        assert buffers[0] is not None
-        place, known = buffers[0][:, : residual.shape[1]], amax if dgrad.rht is None else None
-        used[0] = _quantize_into(residual, dgrad, plan, "dgrad_grad_output", place, known)
-    if wgrad is not None:
-        assert buffers[1] is not None
-        place, known = buffers[1][: residual.shape[0]].t(), amax if wgrad.rht is None else rotated
-        used[1] = _quantize_into(residual.t(), wgrad, plan, "wgrad_grad_output", place, known)
-    return used[0], used[1]
-
-
-def _weight_gradient(
-    g: Tensor,
-    residual: Tensor,
-    p: Tensor | None,
-    v_g: Tensor | None,
-    w: Tensor,
-    x: _SavedInput,
-    plan: LinearPlan,
-    left: Tensor | None,
-    amax: Tensor | None,
-) -> Tensor:
-    """Form dw and deliver it: into the engine's accumulator where there is one."""
-    recipe = plan.recipe
-    g_quantizer, x_quantizer = recipe.wgrad_grad_output.quantizer, recipe.wgrad_input.quantizer
+def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: _SavedInput, plan: LinearPlan) -> Tensor:
+    """Form dw and deliver it: into the engine's accumulator where there is one. g: of all tokens where
+    nothing is quantised.
+    """
     main_grad: Tensor | None = getattr(w, "main_grad", None)
     out = torch.empty_like(w) if main_grad is None else main_grad
     accumulate = main_grad is not None
+    left, p = gradient.for_wgrad, gradient.p
     if left is None:
-        scaled_product(g.t(), x.residual.t(), out, None, accumulate)
-    else:
-        assert g_quantizer is not None and x_quantizer is not None
-        num_tokens, num_in = x.residual.shape
-        r_g, r_x = (0 if factor is None else factor.shape[1] for factor in (p, x.p))
-        right = _empty(g, num_tokens + r_g + r_x, num_in)
-        known = x.amax if x_quantizer.rht is None else x.rotated_amax
-        place = right[:num_tokens].t()
-        x_amax = _quantize_into(x.residual.t(), x_quantizer, plan, "wgrad_input", place, known)
-        alpha, inverse = _scales(g_quantizer, x_quantizer, (amax, x_amax), r_g + r_x > 0)
-        if p is not None:
-            assert v_g is not None
-            left[num_tokens : num_tokens + r_g].copy_(v_g.t())
-            scaled_product(p.t(), x.residual.t(), right[num_tokens : num_tokens + r_g], inverse)
-        if x.p is not None:
-            v_x = plan.v_input
-            assert v_x is not None
-            right[num_tokens + r_g :].copy_(v_x.t())
-            scaled_product(x.p.t(), g.t(), left[num_tokens + r_g :], inverse)
-        scaled_product(left.t(), right.t(), out, alpha, accumulate)
+        shards = shards_of(plan, "input")
+        assert x.residual is not None
+        whole = x.residual if shards is None else shards.gather_rows(x.residual)
+        scaled_product(g.t(), whole.t(), out, None, accumulate)
+        return as_placeholder(w) if accumulate else out
+    quantizers = plan.recipe.wgrad_grad_output.quantizer, plan.recipe.wgrad_input.quantizer
+    assert quantizers[0] is not None and quantizers[1] is not None
+    r_g, r_x = width_of(p), width_of(x.p)
+    num_tokens = left.shape[0] - r_g - r_x
+    right = wide(w, left.shape[0], w.shape[1])
+    x_amax, p_x = _fill_input(right[:num_tokens].t(), x, quantizers[1], plan)
+    has_thin = p is not None or x.p is not None
+    alpha, inverse = product_scales(quantizers, (gradient.amaxes[1], x_amax), has_thin)  # type: ignore[arg-type]
+    if p is not None:
+        rows = right[num_tokens : num_tokens + r_g]
+        _head_times_residual(rows, p, right[:num_tokens], x, x_amax, inverse, plan)
+    if p_x is not None:
+        assert plan.v_input is not None
+        right[num_tokens + r_g :].copy_(plan.v_input.t())
+        rows, shards = left[num_tokens + r_g :], shards_of(plan, "grad_output")
+        _over_tokens(rows, p_x if shards is None else rows_held(p_x, shards), gradient.g, inverse, shards)
+    scaled_product(left.t(), right.t(), out, alpha, accumulate)
     return as_placeholder(w) if accumulate else out
+
+
+def _fill_input(
+    place: Tensor, x: _SavedInput, quantizer: QuantizerConfig, plan: LinearPlan
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write wgrad's copy of x into `place` [K, M]; returns (its amax, P of all tokens)."""
+    shards, name = shards_of(plan, "input"), "wgrad_input"
+    if x.packed is not None:
+        assert x.scale_bytes is not None
+        if shards is None:
+            decode_into(place, x.packed, x.scale_bytes, quantizer)
+            return x.amax, x.p
+        return x.amax, _gather_columns(place, (x.packed, x.scale_bytes), quantizer, shards, x.p)
+    assert x.residual is not None
+    note(x.amax, plan, name)
+    if shards is None:
+        quantize_into(x.residual.t(), quantizer, plan, name, x.amax, place)
+        return x.amax, x.p
+    codes = quantize_to_bytes(x.residual.t(), quantizer, plan, name, x.amax)
+    return x.amax, _gather_columns(place, codes, quantizer, shards, x.p)
+
+
+def _head_times_residual(
+    rows: Tensor,
+    p: Tensor,
+    decoded: Tensor,
+    x: _SavedInput,
+    amax: Tensor | None,
+    inverse: Tensor | None,
+    plan: LinearPlan,
+) -> None:
+    """Write P_g^T R_x / alpha into `rows` [r_g, K].
+
+    p: of all tokens, [M, r_g]. decoded: wgrad's copy of x without its tensor scale, [M, K]; read in place of
+    R_x where that was not kept.
+    """
+    shards, residual, factor = shards_of(plan, "input"), x.residual, inverse
+    if residual is None:
+        residual = decoded if shards is None else rows_held(decoded, shards)
+        quantizer = plan.recipe.wgrad_input.quantizer
+        assert quantizer is not None
+        if inverse is not None:
+            assert amax is not None
+            factor = inverse * (amax / scale_target(quantizer))
+    _over_tokens(rows, p if shards is None else rows_held(p, shards), residual, factor, shards)
+
+
+def _over_tokens(rows: Tensor, p: Tensor, matrix: Tensor, factor: Tensor | None, shards: Any) -> None:
+    """Write factor * p^T matrix into `rows`, summed over the tokens of all ranks; p [m, r], matrix [m, C]."""
+    if shards is None:
+        scaled_product(p.t(), matrix.t(), rows, factor)
+        return
+    mine = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    scaled_into(rows, shards.sum(scaled_product(p.t(), matrix.t(), mine)), factor)
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> Tensor:
-        _observe(plan, ("fprop_input", x), ("fprop_weight", w))
+        is_packed, is_observed = plan.recipe.save_packed, _is_observed(plan)
+        if is_observed:
+            early = [("wgrad_input", x)] if keep and is_packed else []
+            _observe(plan, ("fprop_input", x), ("fprop_weight", w), *early)
         y, saved = _forward(x, w, plan, keep)
         if keep:
             rows = None if plan.sketch is None else plan.sketch.pick("input", x)
             ctx.plan, ctx.weight, ctx.is_sketched = plan, w, False
-            tensors = (saved.residual, saved.p, saved.amax, saved.rotated_amax)
-            ctx.save_for_backward(w, rows, x if _is_observed(plan) else None, *tensors)
+            source = x if is_observed and not is_packed else None
+            ctx.save_for_backward(w, rows, source, *saved.tensors())
+        if plan.gathered_operand == "grad_output":
+            assert plan.gather is not None
+            y = plan.gather.scatter_sum(y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(g.device.type):  # it would turn fp32 accumulation into bf16
+            with torch.autocast(g.device.type, enabled=False):
+                return _FusedLinear._backward(ctx, g)
+        return _FusedLinear._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         plan: LinearPlan = ctx.plan
-        w, rows, observed, *saved = ctx.saved_tensors
-        g = g.contiguous()
-        if observed is not None:
-            _observe(plan, ("dgrad_grad_output", g), ("dgrad_weight", w))
-            _observe(plan, ("wgrad_grad_output", g), ("wgrad_input", observed))
-        dx, dw = _backward(g, ctx.weight, _SavedInput(*saved), plan, ctx.needs_input_grad[:2])
+        w, rows, source, *saved = ctx.saved_tensors
+        needs, g = ctx.needs_input_grad[:2], g.contiguous()
+        if _is_observed(plan):
+            seen = [("dgrad_grad_output", g), ("dgrad_weight", w)] if needs[0] else []
+            seen += [("wgrad_grad_output", g)] if needs[1] else []
+            seen += [("wgrad_input", source)] if needs[1] and source is not None else []
+            _observe(plan, *seen)
+        dx, dw = _backward(g, ctx.weight, _SavedInput(*saved), plan, needs)
+        if dx is not None and plan.gathered_operand == "input":
+            assert plan.gather is not None
+            dx = plan.gather.scatter_sum(dx)
         if plan.sketch is not None and not ctx.is_sketched:
             ctx.is_sketched = True  # a graph that is kept may be walked again
             for operand, picked in (("input", rows), ("grad_output", plan.sketch.pick("grad_output", g))):
@@ -531,15 +476,17 @@ def _is_observed(plan: LinearPlan) -> bool:
 
 def _observe(plan: LinearPlan, *operands: tuple[str, Tensor]) -> None:
     """Show operands to an observer as `metis.functional` would split and encode them."""
-    if _is_observed(plan):
-        for cell_name, matrix in operands:
-            if getattr(plan.recipe, cell_name).quantizer is not None:
-                plan.open(matrix, cell_name, None).encode_here()
+    for cell_name, matrix in operands:
+        if getattr(plan.recipe, cell_name).quantizer is not None:
+            plan.open(matrix, cell_name, None).encode_here()
 
 
 def quantized_linear(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
     """Return y = x w^T as `metis.functional.quantized_linear` defines it, on kernels where they cover it."""
-    if not can_run(x_MK, plan):
+    if not can_run(x_MK, w_NK, plan):
         return reference_linear(x_MK, w_NK, plan)
-    with torch.autocast(x_MK.device.type, enabled=False):
-        return _FusedLinear.apply(x_MK, w_NK, plan, torch.is_grad_enabled())
+    x = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    if not torch.is_autocast_enabled(x.device.type):
+        return _FusedLinear.apply(x, w_NK, plan, torch.is_grad_enabled())
+    with torch.autocast(x.device.type, enabled=False):
+        return _FusedLinear.apply(x, w_NK, plan, torch.is_grad_enabled())

@@ -95,6 +95,14 @@ class Axis:
         dist.all_gather(pieces, value, group=self.group)
         return pieces
 
+    def gather_stacked(self, value: Tensor) -> Tensor:
+        """Return `value` of every rank that holds a piece, in shard order: [num_shards, ...]."""
+        if not self.is_sharded:
+            return value[None]
+        whole = value.new_empty((self.num_shards, *value.shape))
+        dist.all_gather_into_tensor(whole, value.contiguous(), group=self.group)
+        return whole
+
     def gather_rows(self, value: Tensor) -> Tensor:
         """Return [size, ...] from every rank's [local_size, ...], parts kept together: the order of one
         rank.

@@ -1,9 +1,10 @@
 """Packed codes and block scales back to numbers: twins of `QuantizedTensor.operand` and `.dequantize`.
 
 One idea: as there, two decodings. `decode_operand` leaves the tensor scale out and is exact in bf16;
-`dequantize` gives the numbers themselves, with the roundings of its formula.
+`dequantize` gives the numbers themselves, with the roundings of its formula. What several ranks have sent is
+decoded in one launch, each piece into its place.
 
-Shape letters: R rows, C columns.
+Shape letters: T pieces, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from metis.kernels.arguments import (
 )
 from metis.kernels.blockwise import store_tile, times_blocks
 from metis.kernels.elementary import e2m1_value, e4m3_value, e8m0_value, exact_bf16_bits, round_to_bf16
+from metis.kernels.launching import Launcher
 
 _FORMATS = ("nvfp4", "mxfp4")
-_TILE_ROWS, _TILE_COLS, _NUM_WARPS = 16, 256, 4
+_TILE, _TURNED_TILE, _NUM_WARPS = (16, 256), (64, 64), 4
+"""Rows and columns of one program, for an output contiguous along its rows or down its columns."""
 
 
 @triton.jit
@@ -37,6 +40,11 @@ def _decode_kernel(
     out,
     num_rows,
     num_cols,
+    packed_stride,
+    scale_stride,
+    out_stride,
+    out_stride_r,
+    out_stride_c,
     reciprocal_target,
     HAS_AMAX: tl.constexpr,
     IS_BF16: tl.constexpr,
@@ -50,6 +58,10 @@ def _decode_kernel(
     tiles_per_row = tl.cdiv(num_cols, TILE_C)
     row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
+    piece = tl.program_id(1).to(tl.int64)
+    packed += piece * packed_stride
+    scale_bytes += piece * scale_stride
+    out += piece * out_stride
     byte = load_bytes(packed, row_start, col_start // 2, num_rows, num_cols // 2, TILE_R, TILE_C // 2)
     code = tl.reshape(tl.join(byte & 0xF, byte >> 4), [TILE_R, TILE_C])
     scale_byte = load_bytes(scale_bytes, row_start // BLOCK_R, col_start // BLOCK_C, num_rows // BLOCK_R,
@@ -63,7 +75,8 @@ def _decode_kernel(
     decoded = times_blocks(e2m1_value(code), factor, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
     if IS_BF16:
         decoded = exact_bf16_bits(round_to_bf16(decoded, NATIVE))
-    store_tile(out, decoded, row_start, col_start, num_rows, num_cols, num_cols, 1, TILE_R, TILE_C)
+    store_tile(out, decoded, row_start, col_start, num_rows, num_cols, out_stride_r, out_stride_c, TILE_R,
+               TILE_C)  # fmt: skip
 
 
 @triton.jit
@@ -76,19 +89,26 @@ def load_bytes(pointer, row_start, col_start, num_rows, num_cols, TILE_R: tl.con
     return tl.load(base + rows[:, None] * num_cols + cols[None, :], mask=mask, other=0).to(tl.int32)
 
 
+_launch_decode = Launcher(_decode_kernel)
+
+
 def decode_operand(
     packed: Tensor,
     scale_bytes: Tensor,
     *,
     block_shape: tuple[int, int] = (1, 16),
     format: str = "nvfp4",
+    operand_out: Tensor | None = None,
 ) -> Tensor:
     """Return `e2m1 * block_scale`, bf16 [R, C], exact, no tensor scale in it.
 
-    packed: uint8 [R, C / 2]; scale_bytes: uint8 [R / block_rows, C / block_cols], both row-major. format:
-    "nvfp4" (E4M3 scales) or "mxfp4" (E8M0).
+    packed: uint8 [R, C / 2]; scale_bytes: uint8 [R / block_rows, C / block_cols], both row-major; or
+    [T, ...], T such matrices at any distance. format: "nvfp4" (E4M3 scales) or "mxfp4" (E8M0). operand_out:
+    bf16 [R, C] or [T, R, C] of any strides for the result, None: a new tensor.
     """
-    return _launch(packed, scale_bytes, None, block_shape, format, TENSOR_SCALE_TARGET, torch.bfloat16)
+    return _launch(
+        packed, scale_bytes, None, block_shape, format, TENSOR_SCALE_TARGET, torch.bfloat16, operand_out
+    )
 
 
 def dequantize(
@@ -122,22 +142,34 @@ def _launch(
     format: str,
     scale_target: float,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     block_shape = tuple(block_shape)
     _require_bytes(packed, scale_bytes, block_shape, format)
     if amax is not None:
         require_amax("dequantize", amax, packed.device)
-    num_rows, num_cols = packed.shape[0], 2 * packed.shape[1]
-    out = torch.empty(num_rows, num_cols, dtype=dtype, device=packed.device)
-    is_bf16 = dtype == torch.bfloat16
-    grid = (ceil_div(num_rows, _TILE_ROWS) * ceil_div(num_cols, _TILE_COLS),)
-    _decode_kernel[grid](
-        packed, scale_bytes, amax, out.view(torch.int16) if is_bf16 else out, num_rows, num_cols,
-        as_float32(1 / scale_target), HAS_AMAX=amax is not None, IS_BF16=is_bf16, NATIVE=is_native(packed),
-        IS_E8M0=format == "mxfp4", BLOCK_R=block_shape[0], BLOCK_C=block_shape[1], TILE_R=_TILE_ROWS,
-        TILE_C=_TILE_COLS, num_warps=_NUM_WARPS, enable_fp_fusion=False,
+    *pieces, num_rows, half_cols = packed.shape
+    num_cols, shape = 2 * half_cols, (*pieces, num_rows, 2 * half_cols)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    elif tuple(out.shape) != shape or out.dtype != dtype or out.device != packed.device:
+        raise ShapeError("operand_out", f"must be {dtype} {shape}, received {out.dtype} {tuple(out.shape)}")
+    *out_stride, stride_r, stride_c = out.stride()
+    tile_r, tile_c = _TILE if stride_c <= stride_r else _TURNED_TILE
+    _launch_decode(
+        (ceil_div(num_rows, tile_r) * ceil_div(num_cols, tile_c), *(pieces or (1,))),
+        (packed, scale_bytes, amax, out, num_rows, num_cols, _distance(packed), _distance(scale_bytes),
+         *(out_stride or (0,)), stride_r, stride_c, as_float32(1 / scale_target)),
+        (amax is not None, dtype == torch.bfloat16, is_native(packed), format == "mxfp4", *block_shape,
+         tile_r, tile_c),
+        num_warps=_NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def _distance(pieces: Tensor) -> int:
+    """Return how far apart matrices [T, ...] lie, 0 for a single one."""
+    return pieces.stride(0) if pieces.dim() == 3 else 0
 
 
 def _require_bytes(packed: Tensor, scale_bytes: Tensor, block_shape: tuple[int, int], format: str) -> None:
@@ -148,12 +180,16 @@ def _require_bytes(packed: Tensor, scale_bytes: Tensor, block_shape: tuple[int, 
             "block_shape", f"must be one of {FORMAT_BLOCK_SHAPES[format]}, received {block_shape}"
         )
     for name, matrix in (("packed codes", packed), ("scale bytes", scale_bytes)):
-        if matrix.dtype != torch.uint8 or matrix.dim() != 2 or not matrix.is_contiguous():
+        is_row_major = (
+            matrix.is_contiguous() if matrix.dim() == 2 else matrix.dim() == 3 and matrix[0].is_contiguous()
+        )
+        if matrix.dtype != torch.uint8 or not is_row_major:
             raise ShapeError(
                 name, f"must be a row-major uint8 matrix, received {matrix.dtype} {tuple(matrix.shape)}"
             )
-    num_rows, num_cols = packed.shape[0], 2 * packed.shape[1]
-    expected = (num_rows // block_shape[0], num_cols // block_shape[1])
+    *pieces, num_rows, half_cols = packed.shape
+    num_cols = 2 * half_cols
+    expected = (*pieces, num_rows // block_shape[0], num_cols // block_shape[1])
     if tuple(scale_bytes.shape) != expected or packed.numel() == 0 or num_cols % block_shape[1]:
         raise ShapeError(
             "scale bytes",

@@ -62,17 +62,25 @@ class Team:
 
 
 def use_simulated_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `Axis.gather` and `Axis.sum` use the `Team` in `axis.group`."""
+    """Let the collectives of an `Axis` use the `Team` in `axis.group`."""
 
     def gather(self: Axis, value: Tensor) -> list[Tensor]:
         return self.group.exchange(self.shard, value) if self.is_sharded else [value]
+
+    def gather_stacked(self: Axis, value: Tensor) -> Tensor:
+        return torch.stack(gather(self, value))
 
     def total(self: Axis, value: Tensor) -> Tensor:
         if self.is_sharded:
             value.copy_(torch.stack(self.group.exchange(self.shard, value)).sum(dim=0))
         return value
 
+    def scatter_sum(self: Axis, value: Tensor) -> Tensor:
+        return self.local_rows(total(self, value.clone()))
+
     monkeypatch.setattr(Axis, "gather", gather)
+    monkeypatch.setattr(Axis, "gather_stacked", gather_stacked)
+    monkeypatch.setattr(Axis, "scatter_sum", scatter_sum)
     monkeypatch.setattr(Axis, "sum", total)
 
 

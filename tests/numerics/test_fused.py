@@ -60,7 +60,8 @@ def train(recipe, kernels, dtype):
 
 
 for recipe in recipes:
-    dtype = torch.bfloat16 if recipe.name in ("nvfp4", "metis") else torch.float32
+    # With a split in bf16 the linear runs on kernels of its own rounding: see test_fused_linear.py.
+    dtype = torch.bfloat16 if recipe.name == "nvfp4" else torch.float32
     for a, b in zip(train(recipe, "torch", dtype), train(recipe, "triton", dtype), strict=True):
         assert torch.equal(a, b), recipe.name
     print("same", recipe.name)

@@ -28,6 +28,8 @@ ROWS = (
     ("metis.operand",),
     ("metis.gemm",),
     ("metis.functional",),
+    ("metis.fused_operand",),
+    ("metis.encoded_weight",),
     ("metis.fused_linear",),
     ("metis.reparametrised", "metis.regularize"),
     ("metis.nn",),

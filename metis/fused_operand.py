@@ -1,0 +1,281 @@
+"""One operand of a product on kernels: split, quantised into its place, gathered where ranks share its rows.
+
+One idea: an operand is written once, as the product reads it: codes times block scales in the wide buffer of
+`metis.fused_linear`, thin factors in the columns or rows beside them. Where ranks hold shards of its tokens
+each projects and quantises its own, codes, scales and thin factors travel in one message, and what arrives is
+decoded into the same buffer: the bits are those of an operand that was never cut.
+
+Traps: amaxes are reduced before they are used or kept, never again. P and R must not depend on the layout, so
+partial sums are gathered and added as a tree, not summed by the library.
+
+Shape letters: M tokens, T ranks with m = M / T tokens each, K features held here, r columns of a basis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metis import kernels
+from metis.config import CellConfig, QuantizerConfig
+from metis.decompose.projector import num_chunks_for
+from metis.errors import ConfigError
+from metis.formats import as_float32
+from metis.functional import LinearPlan, is_transposed, operand_of
+from metis.fused import kernel_quantize, scale_target, sign_vector
+from metis.kernels import KernelNoise, KernelOutput
+from metis.operand import Axis
+
+_ALIGNMENT = 16
+"""Bytes at whose multiples the parts of a message begin, so that kernels may read them in wide words."""
+
+
+def wide(like: Tensor, rows: int, cols: int) -> Tensor:
+    """Return an uninitialised bf16 buffer for an operand and what lies beside it."""
+    return torch.empty(rows, cols, dtype=torch.bfloat16, device=like.device)
+
+
+def width_of(factor: Tensor | None) -> int:
+    """Return the columns of a basis or of its coefficients, 0 for none."""
+    return 0 if factor is None else factor.shape[1]
+
+
+def shards_of(plan: LinearPlan, operand: str) -> Axis | None:
+    """Return the ranks that hold other tokens of an operand which arrives as a shard of them."""
+    return plan.gather if operand == plan.gathered_operand else None
+
+
+def basis_of(plan: LinearPlan, cell_name: str) -> Tensor | None:
+    """Return the basis in use for a cell, contiguous along r, or None where it splits nothing (yet)."""
+    cell: CellConfig = getattr(plan.recipe, cell_name)
+    v = None if cell.split is None else getattr(plan, f"v_{operand_of(cell_name)}")
+    return v if v is None or v.stride(1) == 1 else v.contiguous()
+
+
+def split(
+    x: Tensor,
+    v: Tensor,
+    features: Axis,
+    plan: LinearPlan,
+    *,
+    beside: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (P, amax of R held here, R, partial sums of R F); P is written to `beside` as well.
+
+    P over the whole feature axis: canonical chunks are added in a fixed tree, whichever ranks hold them.
+    """
+    basis = plan.recipe.basis
+    assert basis is not None
+    features = features.alone() if basis.tp_mode == "local" else features
+    total = num_chunks_for(features.size // features.parts, basis.num_canonical_chunks)
+    if total % features.num_shards:
+        raise ConfigError(
+            "basis.num_canonical_chunks",
+            f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
+            f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
+        )
+    partials = kernels.project(x, v, total // features.num_shards, features.parts)
+    if features.is_sharded:
+        partials = features.gather_stacked(kernels.fold(partials, dtype=torch.float32))
+    p = torch.empty(x.shape[0], v.shape[1], dtype=torch.bfloat16, device=x.device)
+    kernels.fold(partials, out=p, other_out=beside)
+    amax = torch.zeros((), dtype=torch.float32, device=x.device)
+    residual, sums = kernels.residual(x, p, v, amax, factor)
+    return p, amax, residual, sums
+
+
+def thin_sums(x: Tensor, factor: Tensor) -> Tensor:
+    """Return the partial sums of x F where nothing is split off x."""
+    return kernels.project(x, factor, num_chunks_for(x.shape[1]))
+
+
+def amaxes(
+    matrix: Tensor,
+    plan: LinearPlan,
+    cells: tuple[str, str],
+    quantizers: tuple[QuantizerConfig | None, QuantizerConfig | None],
+    known: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what the two copies of a matrix are scaled by: amaxes over all ranks that share it, in one
+    message.
+
+    The first cell reads the matrix, the second its transpose, each perhaps rotated. known: amax of what is
+    held here. None for a copy that is not made. A format without tensor scale gets the local amax, for the
+    watch, or None.
+    """
+    first, second = quantizers
+    signs = tuple(None if q is None else sign_vector(q.rht) for q in quantizers)
+    wanted = tuple(q is not None and (q.has_tensor_amax or plan.watch is not None) for q in quantizers)
+    plain_is_missing = known is None and any(w and s is None for w, s in zip(wanted, signs, strict=True))
+    turned = None
+    if wanted[1] and signs[1] is not None and plain_is_missing:
+        known, turned = kernels.amax_both(matrix, signs[1])
+    elif wanted[1] and signs[1] is not None:
+        turned = kernels.amax(matrix.t(), signs[1])
+    elif plain_is_missing:
+        known = kernels.amax(matrix)
+    a = b = None
+    if wanted[0]:
+        a = known if signs[0] is None else kernels.amax(matrix, signs[0])
+    if wanted[1]:
+        b = known if signs[1] is None else turned
+    axes = [axis for axis in plan.axes(cells[0]) if axis.is_sharded]
+    if plan.recipe.amax_scope != "global" or not axes:
+        return a, b
+    a_is_shared = first is not None and first.has_tensor_amax
+    b_is_shared = second is not None and second.has_tensor_amax
+    if a_is_shared and b_is_shared and a is not b:
+        assert a is not None and b is not None
+        a, b = _over_ranks(torch.stack((a, b)), axes).unbind()
+    elif a_is_shared and b_is_shared:
+        assert a is not None
+        a = b = _over_ranks(a, axes)
+    elif a_is_shared:
+        assert a is not None
+        a = _over_ranks(a, axes)
+    elif b_is_shared:
+        assert b is not None
+        b = _over_ranks(b, axes)
+    return a, b
+
+
+def _over_ranks(amax: Tensor, axes: list[Axis]) -> Tensor:
+    for axis in axes:
+        amax = axis.reduce_max(amax)
+    return amax
+
+
+def note(amax: Tensor | None, plan: LinearPlan, cell_name: str) -> None:
+    """Show the watch the amax of an operand that is about to be multiplied."""
+    if amax is not None and plan.watch is not None:
+        plan.watch.note_amax(plan.layer, cell_name, amax)
+
+
+def quantize_into(
+    matrix: Tensor,
+    quantizer: QuantizerConfig,
+    plan: LinearPlan,
+    cell_name: str,
+    amax: Tensor | None,
+    place: Tensor,
+) -> None:
+    """Write the decoded operand of a matrix [rows, contraction axis] into `place`; amax: of `amaxes`."""
+    kernel_quantize(matrix, quantizer, amax, _noise(quantizer, plan, cell_name), False, operand_out=place)
+
+
+def quantize_to_bytes(
+    matrix: Tensor, quantizer: QuantizerConfig, plan: LinearPlan, cell_name: str, amax: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return packed codes and scale bytes of a matrix [rows, contraction axis]."""
+    output: KernelOutput = kernel_quantize(
+        matrix, quantizer, amax, _noise(quantizer, plan, cell_name), True, want_operand=False
+    )
+    assert output.packed is not None and output.scale_bytes is not None
+    return output.packed, output.scale_bytes
+
+
+def _noise(quantizer: QuantizerConfig, plan: LinearPlan, cell_name: str) -> KernelNoise | None:
+    if quantizer.rounding != "stochastic":
+        return None
+    return plan.noise(cell_name).for_kernel(*plan.axes(cell_name), is_transposed(cell_name))
+
+
+def decode_into(place: Tensor, packed: Tensor, scale_bytes: Tensor, quantizer: QuantizerConfig) -> None:
+    """Write the operand of codes and scales into `place`: [R, C], or [T, R, C] of what T ranks sent."""
+    assert quantizer.block_shape is not None
+    kernels.decode_operand(
+        packed, scale_bytes, block_shape=quantizer.block_shape, format=quantizer.format, operand_out=place
+    )
+
+
+def gather_together(shards: Axis, *parts: Tensor) -> list[Tensor]:
+    """Return each tensor of every rank, [T, ...], in shard order; one message for all of them.
+
+    parts: of equal shapes on all ranks, contiguous. What comes back is a view of the message.
+    """
+    starts, size = [], 0
+    for part in parts:
+        starts.append(size)
+        size += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+    message = torch.empty(size, dtype=torch.uint8, device=parts[0].device)
+    for start, part in zip(starts, parts, strict=True):
+        message[start : start + part.nbytes].copy_(part.view(-1).view(torch.uint8))
+    whole = shards.gather_stacked(message)
+    return [
+        whole[:, start : start + part.nbytes].view(part.dtype).unflatten(1, part.shape)
+        for start, part in zip(starts, parts, strict=True)
+    ]
+
+
+def rows_of_ranks(buffer: Tensor, shards: Axis) -> Tensor:
+    """Return [M, ...] as [T, m, ...]: the rows of every rank; a view."""
+    return buffer.unflatten(0, (shards.num_shards, -1))
+
+
+def columns_of_ranks(place: Tensor, shards: Axis) -> Tensor:
+    """Return [K, M] as [T, K, m]: the columns of every rank; a view."""
+    return place.unflatten(1, (shards.num_shards, -1)).transpose(0, 1)
+
+
+def rows_held(value: Tensor, shards: Axis) -> Tensor:
+    """Return this rank's rows [m, ...] of [M, ...]; a view."""
+    return rows_of_ranks(value, shards)[shards.shard]
+
+
+def fill_rows(
+    buffer: Tensor,
+    matrix: Tensor,
+    quantizer: QuantizerConfig,
+    plan: LinearPlan,
+    cell_name: str,
+    amax: Tensor | None,
+    thin: Tensor,
+) -> None:
+    """Complete a left operand [M, K + c]: the matrix quantised along its rows, and the thin factors.
+
+    thin: of `thin_columns`, filled. Where ranks hold other tokens, theirs come in here.
+    """
+    num_columns = matrix.shape[1]
+    shards = shards_of(plan, operand_of(cell_name))
+    if shards is None:
+        quantize_into(matrix, quantizer, plan, cell_name, amax, buffer[:, :num_columns])
+        return
+    packed, scale_bytes = quantize_to_bytes(matrix, quantizer, plan, cell_name, amax)
+    packed, scale_bytes, *others = gather_together(
+        shards, packed, scale_bytes, *([thin] if thin.shape[1] else [])
+    )
+    decode_into(rows_of_ranks(buffer[:, :num_columns], shards), packed, scale_bytes, quantizer)
+    for factors in others:
+        rows_of_ranks(buffer[:, num_columns:], shards).copy_(factors)
+
+
+def thin_columns(buffer: Tensor, num_columns: int, shards: Axis | None) -> Tensor:
+    """Return where the thin factors of the rows held here are to be written: beside the operand, or to be
+    sent.
+    """
+    if shards is None:
+        return buffer[:, num_columns:]
+    return wide(buffer, buffer.shape[0] // shards.num_shards, buffer.shape[1] - num_columns)
+
+
+def product_scales(
+    quantizers: tuple[QuantizerConfig, QuantizerConfig],
+    amaxes: tuple[Tensor | None, Tensor | None],
+    has_extra: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (alpha, 1 / alpha) of a product, None without tensor scales; the inverse only if `has_extra`."""
+    left, right = quantizers
+    if not left.has_tensor_amax:
+        return None, None
+    assert amaxes[0] is not None and amaxes[1] is not None
+    reciprocal = as_float32(1 / (scale_target(left) * scale_target(right)))
+    return kernels.gemm_scales(amaxes[0], amaxes[1], reciprocal, invertible=has_extra)
+
+
+def scaled_into(place: Tensor, thin: Tensor, factor: Tensor | None) -> None:
+    """Write a thin fp32 factor, times a number on the device, into its place beside an operand."""
+    if factor is None:
+        place.copy_(thin)
+    else:
+        torch.mul(thin, factor, out=place)

@@ -1,0 +1,717 @@
+"""The linear on kernels against its definition: run by test_fused_linear.py under Triton's interpreter.
+
+A recorder looks at what a pass splits and quantises. Where nothing is split the result is that of
+`metis.functional`; where something is, P and R are compared with float64, codes with those of the recorded R,
+and products with the formula in float64 over the recorded P, R and codes, which fails when any one of its
+terms is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from metis import encoded_weight, fused_linear, fused_operand
+from metis.clock import OperandWatch, TrainingClock
+from metis.config import CELL_NAMES, BasisConfig, QuantizerConfig, RankConfig, Recipe, RhtConfig, SplitConfig
+from metis.functional import LinearPlan, is_transposed, operand_of
+from metis.functional import quantized_linear as definition
+from metis.fused_linear import WeightCache, is_fusable, quantized_linear
+from metis.gemm import EmulatedGemm
+from metis.nn import MetisLinear
+from metis.operand import Axis, encode
+from metis.quantize import QuantizedTensor, gemm_alpha
+from metis.recipes import RECIPES
+from metis.rng import NoisePosition, gaussian, stream_key
+from tests.numerics._simulated_ranks import Team, shard_of, use_simulated_collectives
+
+TOKENS, IN_FEATURES, OUT_FEATURES = 64, 128, 64
+PRODUCT_TOLERANCE = 4e-3
+"""Relative Frobenius error of y, dx and dw (bf16) against the formula in float64; measured 2.4e-3."""
+SUM_TOLERANCE = 4e-3
+"""Between layouts: thin sums over tokens are formed in another order and rounded to bf16; measured 2.3e-3."""
+SMALLEST_TERM = 2 * PRODUCT_TOLERANCE
+BF16_ULP = 2.0**-7
+
+warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of divisions by zero that are meant
+
+
+def _split(recipe: Recipe, *operands: str, **options: Any) -> Recipe:
+    """Return `recipe` with the cells of some operands split."""
+    split = SplitConfig(**options)
+    cells = {
+        cell: replace(getattr(recipe, cell), split=split)
+        for cell in CELL_NAMES
+        if operand_of(cell) in operands and getattr(recipe, cell).quantizer is not None
+    }
+    return replace(recipe, name=f"{recipe.name} {'+'.join(operands)}", basis=BasisConfig(), **cells)
+
+
+def _rotated(recipe: Recipe, gemm: str) -> Recipe:
+    """Return `recipe` with both operands of one GEMM rotated by 32."""
+    changes = {}
+    for cell_name in CELL_NAMES:
+        if cell_name.startswith(gemm):
+            cell = getattr(recipe, cell_name)
+            changes[cell_name] = replace(
+                cell,
+                quantizer=replace(cell.quantizer, block_shape=(1, 16), rht=RhtConfig(size=32, sign_seed=3)),
+            )
+    return replace(recipe, name=f"{recipe.name} rotated {gemm}", **changes)
+
+
+EVERYTHING = ("input", "weight", "grad_output")
+UNSPLIT = [
+    recipe for recipe in RECIPES.values()
+    if is_fusable(recipe, IN_FEATURES, OUT_FEATURES) and recipe.is_quantized and not recipe.has_basis
+] + [_rotated(RECIPES["nvfp4_direct"], "fprop"), _rotated(RECIPES["nvfp4_direct"], "wgrad")]  # fmt: skip
+SPLIT = [
+    RECIPES["metis"],
+    replace(_split(RECIPES["nvfp4_direct"], *EVERYTHING, rank=RankConfig(fixed=48)), name="rank 48"),
+    _split(RECIPES["nvfp4"], *EVERYTHING),
+    _split(RECIPES["mxfp4"], *EVERYTHING),
+    _split(RECIPES["nvfp4_direct"], "input"),
+    _split(RECIPES["nvfp4_direct"], "weight"),
+    _split(RECIPES["nvfp4_4over6"], "grad_output"),
+    _split(RECIPES["nvfp4_forward_bf16"], *EVERYTHING),
+    _split(RECIPES["nvfp4_backward_bf16"], *EVERYTHING),
+    _rotated(_split(RECIPES["nvfp4_direct"], *EVERYTHING), "dgrad"),
+]
+PACKED = [
+    replace(recipe, name=f"{recipe.name} packed", save_packed=True)
+    for recipe in (
+        RECIPES["nvfp4"], RECIPES["mxfp4"], RECIPES["nvfp4_forward_bf16"], RECIPES["metis"], *SPLIT[3:5],
+    )
+]  # fmt: skip
+
+
+def named(recipes: list[Recipe], long: list[Recipe] | None = None) -> Any:
+    """Run a test for recipes; for those in `long` in long runs only."""
+    cases = [pytest.param(recipe, id=recipe.name.replace(" ", "-")) for recipe in recipes]
+    for recipe in long or []:
+        cases.append(pytest.param(recipe, id=recipe.name.replace(" ", "-"), marks=pytest.mark.long))
+    return pytest.mark.parametrize("recipe", cases)
+
+
+@dataclass
+class Recorder:
+    """What passes on kernels have split and quantised, by plan."""
+
+    splits: list[tuple[LinearPlan, str, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    codes: list[tuple[LinearPlan, str, Tensor, Tensor | None, Tensor]] = field(default_factory=list)
+    encoded: int = 0
+    ran: int = 0
+    here: threading.local = field(default_factory=threading.local)
+
+    def split_of(self, plan: LinearPlan, operand: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return (source, P, R) of an operand."""
+        for its_plan, its_operand, *found in self.splits:
+            if its_plan is plan and its_operand == operand:
+                return tuple(found)  # type: ignore[return-value]
+        return None
+
+    def cells(self, plan: LinearPlan) -> dict[str, tuple[Tensor, Tensor | None, Tensor]]:
+        """Return (matrix, amax, operand) by cell, as the quantiser reads it."""
+        return {name: tuple(found) for its_plan, name, *found in self.codes if its_plan is plan}  # type: ignore[misc]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    split, noise, quantize = fused_operand.split, fused_operand._noise, fused_operand.kernel_quantize
+    encode_weight, apply = encoded_weight.encode_weight, fused_linear._FusedLinear.apply
+
+    def spy_split(x: Tensor, v: Tensor, features: Axis, plan: LinearPlan, **options: Any) -> Any:
+        result = split(x, v, features, plan, **options)
+        operand = next(name for name in EVERYTHING if getattr(plan, f"v_{name}") is v)
+        recorder.splits.append((plan, operand, x.clone(), result[0].clone(), result[2].clone()))
+        return result
+
+    def spy_noise(quantizer: QuantizerConfig, plan: LinearPlan, cell_name: str) -> Any:
+        recorder.here.cell = plan, cell_name
+        return noise(quantizer, plan, cell_name)
+
+    def spy_quantize(
+        matrix: Tensor, quantizer: QuantizerConfig, amax: Tensor | None, *others: Any, **more: Any
+    ):
+        output = quantize(matrix, quantizer, amax, *others, **more)
+        plan, cell_name = recorder.here.cell
+        if output.operand is not None:
+            operand = output.operand.clone()
+        else:
+            bytes_ = (output.packed, output.scale_bytes, torch.tensor(1.0), quantizer.block_shape)
+            operand = QuantizedTensor.from_bytes(*bytes_, format=quantizer.format).operand(torch.bfloat16)
+        recorder.codes.append((plan, cell_name, matrix.clone(), amax, operand))
+        return output
+
+    def spy_encode(*arguments: Any) -> Any:
+        recorder.encoded += 1
+        return encode_weight(*arguments)
+
+    def spy_apply(*arguments: Any) -> Any:
+        recorder.ran += 1
+        return apply(*arguments)
+
+    for module in (fused_linear, encoded_weight):
+        monkeypatch.setattr(module, "split", spy_split)
+    monkeypatch.setattr(fused_operand, "_noise", spy_noise)
+    monkeypatch.setattr(fused_operand, "kernel_quantize", spy_quantize)
+    monkeypatch.setattr(encoded_weight, "encode_weight", spy_encode)
+    monkeypatch.setattr(fused_linear._FusedLinear, "apply", spy_apply)
+    return recorder
+
+
+def matrix(name: str, rows: int, cols: int, scale: float = 1.0) -> Tensor:
+    """Return a bf16 matrix with a few strong directions; x and w share theirs."""
+    index, axis = torch.arange(max(rows, cols)), "k" if name[0] in "xw" else "n"
+    noise = gaussian(stream_key(1, name), index[:rows], index[:cols])
+    left = gaussian(stream_key(2, name), index[:rows], index[:4])
+    right = gaussian(stream_key(3, axis), index[:cols], index[:4])
+    return ((noise + 2.0 * left @ right.t()) * scale).to(torch.bfloat16)
+
+
+def bases_of(recipe: Recipe, axes: dict[str, Axis]) -> dict[str, Tensor]:
+    """Return orthonormal bases that hold part of the strong directions, and the local rows of each."""
+    bases = {}
+    for operand in EVERYTHING:
+        split = getattr(recipe, f"{operand}_split")
+        if split is None:
+            continue
+        axis = axes["out_features" if operand == "grad_output" else "in_features"]
+        index = torch.arange(axis.size)
+        strong = gaussian(stream_key(3, "n" if operand == "grad_output" else "k"), index, index[:4])
+        # Half of the strong energy stays in R, or the terms that read R would not be seen.
+        others = gaussian(stream_key(4, operand), index, torch.arange(split.rank.columns(axis.size)))
+        others[:, :4] = strong + 1.5 * others[:, :4]
+        bases[f"v_{operand}"] = axis.local_rows(torch.linalg.qr(others)[0].to(torch.bfloat16).contiguous())
+    return bases
+
+
+def plan_of(recipe: Recipe, kernels: str = "triton", **changes: Any) -> LinearPlan:
+    axes = {
+        "tokens": Axis.whole(TOKENS),
+        "in_features": Axis.whole(IN_FEATURES),
+        "out_features": Axis.whole(OUT_FEATURES),
+    }
+    axes |= {name: value for name, value in changes.items() if name in axes}
+    return LinearPlan(
+        recipe=recipe,
+        layer="l",
+        seed=5,
+        position=NoisePosition(step=3, microbatch=2),
+        backend=EmulatedGemm(kernels=kernels),  # type: ignore[arg-type]
+        weights=WeightCache(),
+        **(axes | bases_of(recipe, axes) | changes),
+    )
+
+
+def tensors(
+    tokens: int = TOKENS, in_features: int = IN_FEATURES, out_features: int = OUT_FEATURES
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        matrix("x", tokens, in_features),
+        matrix("w", out_features, in_features, 0.05),
+        matrix("g", tokens, out_features, 1e-3),
+    )
+
+
+def run(
+    linear: Callable[..., Tensor], plan: LinearPlan, x: Tensor, w: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, dx, dw."""
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = linear(x, w, plan)
+    y.backward(g)
+    return y.detach(), x.grad, w.grad  # type: ignore[return-value]
+
+
+def as_oracle(plan: LinearPlan, cell_name: str, residual: Tensor) -> QuantizedTensor:
+    """Return what plain PyTorch makes of a residual for a cell, on one rank."""
+    found = encode(
+        residual.t() if is_transposed(cell_name) else residual,
+        getattr(plan.recipe, cell_name).quantizer,
+        *plan.axes(cell_name),
+        amax_scope="global",
+        noise=plan.noise(cell_name),
+        noise_is_transposed=is_transposed(cell_name),
+    )
+    return found.terms[0]  # type: ignore[return-value]
+
+
+def assert_codes_are_those_of_the_residuals(
+    seen: Recorder, plan: LinearPlan, sources: dict[str, Tensor]
+) -> None:
+    cells = seen.cells(plan)
+    wanted = {name for name in CELL_NAMES if getattr(plan.recipe, name).quantizer is not None}
+    weights = plan.recipe.fprop_weight.quantizer, plan.recipe.dgrad_weight.quantizer
+    if weights[0] == weights[1] and weights[0] is not None and not weights[0].is_1d:
+        wanted.discard("dgrad_weight")  # tiles serve both
+    assert set(cells) == wanted
+    for name, (read, amax, operand) in cells.items():
+        split = seen.split_of(plan, operand_of(name))
+        residual = sources[operand_of(name)] if split is None else split[2]
+        expected = as_oracle(plan, name, residual)
+        assert torch.equal(read, residual.t() if is_transposed(name) else residual), name
+        assert torch.equal(operand, expected.operand(torch.bfloat16)), name
+        if getattr(plan.recipe, name).quantizer.has_tensor_amax:
+            assert amax is not None and torch.equal(amax, expected.amax), name
+
+
+def test_the_named_recipes_that_run_here_are_known() -> None:
+    names = {name for name, r in RECIPES.items() if r.is_quantized and is_fusable(r, 4096, 14336)}
+    assert names == {
+        "nvfp4", "metis", "nvfp4_direct", "nvfp4_4over6", "nvfp4_forward_bf16", "nvfp4_backward_bf16",
+        "fp4_all_the_way", "mxfp4",
+    }  # fmt: skip
+    assert len(UNSPLIT) == 9
+
+
+@named([*UNSPLIT, *PACKED[:3]])
+def test_without_a_split_results_are_those_of_the_definition(recipe: Recipe, seen: Recorder) -> None:
+    x, w, g = tensors()
+    plan = plan_of(recipe)
+    found, expected = run(quantized_linear, plan, x, w, g), run(definition, plan_of(recipe, "torch"), x, w, g)
+    assert seen.ran == 1
+    assert_codes_are_those_of_the_residuals(seen, plan, {"input": x, "weight": w, "grad_output": g})
+    for name, a, b in zip(("y", "dx", "dw"), found, expected, strict=True):
+        assert torch.equal(a, b), name
+
+
+def bf16_ulps(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a - b| in units of the last place of b as bf16."""
+    exponent = torch.frexp(b.double().abs().clamp(min=1e-30))[1] - 1
+    return (a.double() - b.double()).abs() / torch.ldexp(
+        torch.tensor(BF16_ULP, dtype=torch.float64), exponent
+    )
+
+
+def assert_splits_are_accurate(seen: Recorder, plan: LinearPlan, sources: dict[str, Tensor]) -> None:
+    for operand in EVERYTHING:
+        found = seen.split_of(plan, operand)
+        if found is None:
+            continue
+        source, p, residual = found
+        v = getattr(plan, f"v_{operand}").double()
+        assert torch.equal(source, sources[operand])
+        exact_p = source.double() @ v
+        noise = 2.0**-20 * (source.double().abs() @ v.abs())
+        assert ((p.double() - exact_p).abs() <= BF16_ULP * exact_p.abs() + noise).all(), operand
+        assert (bf16_ulps(p, exact_p.to(torch.bfloat16)) <= 1).double().mean() > 0.999
+        exact_r = source.double() - p.double() @ v.t()
+        noise = 2.0**-20 * (source.double().abs() + p.double().abs() @ v.abs().t())
+        assert ((residual.double() - exact_r).abs() <= BF16_ULP * exact_r.abs() + noise).all(), operand
+        assert (bf16_ulps(residual, exact_r.to(torch.bfloat16)) <= 2).double().mean() > 0.999
+
+
+def formula(seen: Recorder, plan: LinearPlan, sources: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the terms of y, dx and dw in float64, from the recorded P, R and codes."""
+    x, w, g = (sources[name].double() for name in EVERYTHING)
+    recipe, cells = plan.recipe, seen.cells(plan)
+    p, v, r = {}, {}, {"input": x, "weight": w, "grad_output": g}
+    for operand in EVERYTHING:
+        found = seen.split_of(plan, operand)
+        if found is not None:
+            p[operand], r[operand] = found[1].double(), found[2].double()
+            v[operand] = getattr(plan, f"v_{operand}").double()
+
+    def full(left: str, right: str) -> Tensor:
+        if getattr(recipe, left).quantizer is None:
+            a, b = (sources[operand_of(name)].double() for name in (left, right))
+            return (a.t() if is_transposed(left) else a) @ (b if is_transposed(right) else b.t())
+        a, b = (as_oracle(plan, name, r[operand_of(name)].to(torch.bfloat16)) for name in (left, right))
+        for name, encoded in ((left, a), (right, b)):
+            if name in cells:
+                assert torch.equal(encoded.operand(torch.bfloat16), cells[name][2])
+        return gemm_alpha(a, b).double() * (a.operand(torch.float64) @ b.operand(torch.float64).t())
+
+    r_x = r["input"]
+    if recipe.save_packed:
+        r_x = as_oracle(plan, "wgrad_input", r_x.to(torch.bfloat16)).dequantize(torch.float32).t().double()
+    splits = {name: getattr(recipe, name).split is not None for name in CELL_NAMES}
+    y = {"q": full("fprop_input", "fprop_weight")}
+    if splits["fprop_input"]:
+        y["head of x"] = p["input"] @ (w @ v["input"]).t()
+    if splits["fprop_weight"]:
+        y["head of w"] = (r["input"] @ v["weight"]) @ p["weight"].t()
+    dx = {"q": full("dgrad_grad_output", "dgrad_weight")}
+    if splits["dgrad_grad_output"]:
+        dx["head of g"] = p["grad_output"] @ (v["grad_output"].t() @ w)
+    if splits["dgrad_weight"]:
+        dx["head of w"] = (r["grad_output"] @ p["weight"]) @ v["weight"].t()
+    dw = {"q": full("wgrad_grad_output", "wgrad_input")}
+    if splits["wgrad_grad_output"]:
+        dw["head of g"] = v["grad_output"] @ (p["grad_output"].t() @ r_x)
+    if splits["wgrad_input"]:
+        dw["head of x"] = (g.t() @ p["input"]) @ v["input"].t()
+    return {"y": y, "dx": dx, "dw": dw}
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def assert_products_are_the_formula(found: tuple[Tensor, ...], terms: dict[str, dict[str, Tensor]]) -> None:
+    for (name, parts), value in zip(terms.items(), found, strict=True):
+        total = sum(parts.values())
+        error = difference(value, total)
+        print(f"error {name} {error:.1e}")
+        assert error < PRODUCT_TOLERANCE, f"{name}: {error:.1e}"
+        for left_out, part in parts.items():
+            mutated = difference(value, total - part)
+            assert mutated > SMALLEST_TERM, f"{name} without {left_out}: {mutated:.1e} would not be seen"
+
+
+@named([*SPLIT, *PACKED[3:]])
+def test_with_a_split_every_term_is_there(recipe: Recipe, seen: Recorder) -> None:
+    x, w, g = tensors()
+    plan, sources = plan_of(recipe), {"input": x, "weight": w, "grad_output": g}
+    assert is_fusable(recipe, IN_FEATURES, OUT_FEATURES)
+    found = run(quantized_linear, plan, x, w, g)
+    assert seen.ran == 1
+    assert_splits_are_accurate(seen, plan, sources)
+    assert_codes_are_those_of_the_residuals(seen, plan, sources)
+    assert_products_are_the_formula(found, formula(seen, plan, sources))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "metis"])
+def test_the_main_gradient_takes_the_sum_of_microbatches(name: str, seen: Recorder) -> None:
+    x, w, g = tensors()
+    sums = []
+    for batches in ((0,), (1,), (0, 1)):
+        weight = torch.nn.Parameter(w.clone())
+        weight.main_grad = torch.zeros(w.shape)  # type: ignore[attr-defined]
+        plan = plan_of(RECIPES[name])
+        for index in batches:
+            quantized_linear(x.roll(index), weight, plan).backward(g.roll(index))
+        assert weight.grad_added_to_main_grad and weight.grad.shape == w.shape  # type: ignore[attr-defined]
+        sums.append(weight.main_grad)  # type: ignore[attr-defined]
+    assert seen.ran == 4 and seen.encoded == 3
+    assert torch.equal(sums[2], sums[0] + sums[1]) and sums[0].norm() > 0
+
+
+def small_layer(recipe: Recipe = RECIPES["metis"], **options: Any) -> MetisLinear:
+    torch.manual_seed(0)
+    clock = TrainingClock(seed=1, num_tokens_per_step=TOKENS)
+    backend = EmulatedGemm(kernels="triton")
+    return MetisLinear(64, 32, recipe=recipe, clock=clock, dtype=torch.bfloat16, backend=backend, **options)
+
+
+def small_pass(layer: MetisLinear, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    x = matrix(f"x{seed}", TOKENS, 64).requires_grad_()
+    layer.weight.grad = None
+    y = layer(x)
+    y.backward(matrix(f"g{seed}", TOKENS, 32, 1e-3))
+    return y.detach(), x.grad, layer.weight.grad  # type: ignore[return-value]
+
+
+def train(layer: MetisLinear, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        layer.clock.begin_step(step, TOKENS)
+        small_pass(layer, step)
+        layer.after_step()
+    layer.clock.begin_step(first + steps, TOKENS)
+
+
+def test_the_weight_is_encoded_once_per_step_and_again_after_any_change(seen: Recorder) -> None:
+    layer = small_layer()
+
+    def passes(expected: int, why: str) -> None:
+        before = seen.encoded
+        for seed in range(2):
+            small_pass(layer, seed)
+        assert seen.encoded - before == expected, why
+
+    passes(1, "first use")
+    passes(0, "same step")
+    train(layer, 2, first=0)
+    assert layer.core.bases["weight"].active is not None
+    passes(1, "another step, other bases")
+    optimizer = torch.optim.SGD([layer.weight], lr=0.1)
+    optimizer.step()
+    passes(1, "optimizer step")
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+    passes(1, "in place")
+    layer.load_state_dict(layer.state_dict())
+    passes(1, "load_state_dict")
+    layer.weight.data = layer.weight.data.clone()
+    passes(1, "other memory")
+    layer.weight.data.mul_(0.5)  # no version counter sees this; the loop says when it has happened
+    layer.after_step()
+    passes(1, "after_step")
+    layer.set_recipe(replace(RECIPES["metis"], name="other"))
+    passes(1, "recipe")
+    layer.clock.begin_step(7, TOKENS)
+    passes(1, "step")
+
+
+def test_evaluation_after_training_reads_the_new_weight(seen: Recorder) -> None:
+    layer = small_layer()
+    train(layer, 3)
+    with torch.no_grad():
+        layer.weight.data.add_(0.1)
+    layer.after_step()
+    x = matrix("x7", TOKENS, 64)
+    fresh = small_layer()
+    fresh.load_state_dict(layer.state_dict())
+    for one in (layer, fresh):
+        one.eval()
+        one.clock.begin_step(4, TOKENS)
+    with torch.no_grad():
+        assert torch.equal(layer(x), fresh(x)) and torch.equal(layer(x[:48]), layer(x)[:48])
+
+
+def test_layers_can_be_copied_and_pickled_in_mid_step(seen: Recorder) -> None:
+    layer = small_layer()
+    train(layer, 2)
+    expected = small_pass(layer, 5)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        before = seen.encoded
+        for a, b in zip(small_pass(twin, 5), expected, strict=True):
+            assert torch.equal(a, b)
+        assert seen.encoded == before + 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_gives_the_same_bits(use_reentrant: bool, seen: Recorder) -> None:
+    x, w, g = tensors()
+    plan = plan_of(RECIPES["metis"])
+    plain = run(quantized_linear, plan, x, w, g)
+    again = run(lambda *a: checkpoint(quantized_linear, *a, use_reentrant=use_reentrant), plan, x, w, g)
+    assert seen.ran == 3
+    for a, b in zip(plain, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("what", ["fp32", "rank", "scope"])
+def test_what_is_not_covered_falls_back_to_the_definition(what: str, seen: Recorder) -> None:
+    if what == "rank":
+        assert not is_fusable(replace(_split(RECIPES["nvfp4"], "input", rank=RankConfig(fixed=129))), 256, 64)
+        assert is_fusable(replace(_split(RECIPES["nvfp4"], "input", rank=RankConfig(fixed=129))), 128, 64)
+        assert not is_fusable(replace(RECIPES["metis"], basis=BasisConfig(num_canonical_chunks=64)), 4096, 64)
+        recipe = _split(RECIPES["nvfp4"], "input", rank=RankConfig(fixed=144))
+        layer = MetisLinear(
+            160, 32, recipe=recipe, dtype=torch.bfloat16, backend=EmulatedGemm(kernels="triton")
+        )
+        assert layer.core.weights is None
+        layer(torch.ones(16, 160, dtype=torch.bfloat16))
+    else:
+        x, w, _ = tensors()
+        plan = plan_of(RECIPES["nvfp4"])
+        if what == "fp32":
+            assert quantized_linear(x.float(), w.float(), plan).dtype == torch.float32
+        else:
+            recipe = replace(RECIPES["nvfp4"], amax_scope="te")
+            quantized_linear(x, w, plan_of(recipe, gather=Axis.whole(TOKENS), gathered_operand=""))
+    assert seen.ran == 0
+
+
+SPECIAL = {
+    "zero x": lambda x, w, g: x.zero_(),
+    "zero w": lambda x, w, g: w.zero_(),
+    "zero g": lambda x, w, g: g.zero_(),
+    "NaN in x": lambda x, w, g: x[3, 5:6].fill_(torch.nan),
+    "NaN in w": lambda x, w, g: w[3, 5:6].fill_(torch.nan),
+    "NaN in g": lambda x, w, g: g[3, 5:6].fill_(torch.nan),
+    "infinity in x": lambda x, w, g: x[3, 5:6].fill_(torch.inf),
+    "infinity in w": lambda x, w, g: w[3, 5:6].fill_(-torch.inf),
+    "infinity in g": lambda x, w, g: g[3, 5:6].fill_(torch.inf),
+    "gradients of 1e-30": lambda x, w, g: g.mul_(1e-27),
+    "x of 1e-30": lambda x, w, g: x.mul_(1e-30),
+    "w of 1e-36": lambda x, w, g: w.mul_(1e-36),
+    "gradients below the normal range": lambda x, w, g: g.mul_(1e-36),
+    "large x": lambda x, w, g: x.mul_(1e30),
+}
+
+
+@named([RECIPES["nvfp4"], RECIPES["mxfp4"], RECIPES["metis"]], long=[SPLIT[3], PACKED[3]])
+def test_special_numbers_bring_no_nan_that_the_definition_lacks(recipe: Recipe, seen: Recorder) -> None:
+    axes = {name: Axis.whole(32) for name in ("tokens", "out_features")} | {"in_features": Axis.whole(64)}
+    for what, change in SPECIAL.items():
+        x, w, g = tensors(32, 64, 32)
+        change(x, w, g)
+        lists, values = [], []
+        for linear, kernels in ((quantized_linear, "triton"), (definition, "torch")):
+            plan = plan_of(recipe, kernels, watch=OperandWatch(), **axes)
+            values.append(run(linear, plan, x, w, g))
+            lists.append(plan.watch.take_nonfinite())  # type: ignore[union-attr]
+        assert lists[0] == lists[1], (what, *lists)
+        assert bool(lists[0]) == (what.startswith(("NaN", "infinity"))), what
+        for name, a, b in zip(("y", "dx", "dw"), *values, strict=True):
+            assert not (a.isnan() & ~b.isnan()).any(), f"{what}: {name}"
+            assert not (a.isinf() & b.isfinite()).any(), f"{what}: {name}"
+
+
+def test_the_watch_sees_weights_in_every_microbatch(seen: Recorder) -> None:
+    x, w, g = tensors()
+    w[0, 0] = torch.nan
+    plan = plan_of(RECIPES["metis"], watch=OperandWatch())
+    weight = torch.nn.Parameter(w)
+    for _ in range(2):
+        quantized_linear(x.clone().requires_grad_(), weight, plan).backward(g)
+        cells = [cell for _, cell in plan.watch.take_nonfinite()]  # type: ignore[union-attr]
+        assert cells[0] == "fprop_weight" and "dgrad_weight" in cells
+    assert seen.encoded == 1
+
+
+@named([RECIPES["nvfp4"], RECIPES["metis"], PACKED[3]])
+def test_an_observer_sees_the_same_operands(recipe: Recipe, seen: Recorder) -> None:
+    found: list[list[tuple[str, Tensor, Tensor]]] = []
+    for linear, kernels in ((quantized_linear, "triton"), (definition, "torch")):
+        watch, operands = OperandWatch(), []
+        watch.observer = lambda plan, cell, source, split, encoded, to=operands: to.append(
+            (cell, source.clone(), encoded.dequantize())
+        )
+        run(linear, plan_of(recipe, kernels, watch=watch), *tensors())
+        found.append(operands)
+    assert [cell for cell, *_ in found[0]] == [cell for cell, *_ in found[1]] and len(found[0]) == 6
+    for (_, *a), (_, *b) in zip(*found, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let threads stand for ranks; the interpreter keeps its grid position in a global."""
+    use_simulated_collectives(monkeypatch)
+    lock, call = threading.RLock(), interpreter.GridExecutor.__call__
+
+    def locked(self: Any, *arguments: Any, **options: Any) -> Any:
+        with lock:
+            return call(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", locked)
+    yield
+
+
+def layout(kind: str, shard: int, team: Team, sequence: bool) -> dict[str, Any]:
+    """Return the axes of one rank. kind: column, gate|up (column-parallel in two parts) or row."""
+    axes: dict[str, Any] = {}
+    if kind == "row":
+        axes["in_features"] = shard_of(IN_FEATURES, shard, team)
+    else:
+        axes["out_features"] = shard_of(OUT_FEATURES, shard, team, parts=2 if kind == "gate|up" else 1)
+    if sequence:
+        axes["token_shard"] = axes["gather"] = shard_of(TOKENS, shard, team)
+        axes["gathered_operand"] = "grad_output" if kind == "row" else "input"
+    return axes
+
+
+def held(value: Tensor, rows: Axis, cols: Axis) -> Tensor:
+    return cols.local_rows(rows.local_rows(value).t().contiguous()).t().contiguous()
+
+
+def whole(pieces: list[Tensor], rows: list[Axis], cols: list[Axis]) -> Tensor:
+    """Return a matrix from the pieces that ranks hold; axes that are whole are the same on all."""
+    out = pieces[0].new_zeros(rows[0].size, cols[0].size)
+    for piece, row, col in zip(pieces, rows, cols, strict=True):
+        index = row.indices(out.device)[:, None], col.indices(out.device)[None, :]
+        out[index] = piece
+    return out
+
+
+def parallel_pass(recipe: Recipe, kind: str, size: int, sequence: bool) -> tuple[list[LinearPlan], list[Any]]:
+    """Run a pass on `size` simulated ranks; returns every rank's plan and (y, dx, dw)."""
+    team, (x, w, g) = Team(size), tensors()
+
+    def one_rank(shard: int) -> tuple[LinearPlan, tuple[Tensor, Tensor, Tensor]]:
+        plan = plan_of(recipe, **layout(kind, shard, team, sequence))
+        tokens = {name: plan.axes(f"fprop_{name}" if name == "input" else f"dgrad_{name}")[0]
+                  for name in ("input", "grad_output")}  # fmt: skip
+        return plan, run(
+            quantized_linear, plan, held(x, tokens["input"], plan.in_features),
+            held(w, plan.out_features, plan.in_features), held(g, tokens["grad_output"], plan.out_features),
+        )  # fmt: skip
+
+    plans, results = zip(*team.run(one_rank), strict=True)
+    return list(plans), list(results)
+
+
+def put_together(plans: list[LinearPlan], results: list[Any], kind: str, sequence: bool) -> list[Tensor]:
+    """Return y, dx and dw of the whole linear."""
+    ys, dxs, dws = zip(*results, strict=True)
+    out_axes, in_axes = [p.out_features for p in plans], [p.in_features for p in plans]
+    tokens = [p.tokens for p in plans]
+    shards = [p.token_shard for p in plans] if sequence else tokens
+    if kind == "row":
+        y = whole(list(ys), shards, out_axes) if sequence else sum(y.float() for y in ys)
+        dx = whole(list(dxs), tokens, in_axes)
+    else:
+        y = whole(list(ys), tokens, out_axes)
+        dx = whole(list(dxs), shards, in_axes) if sequence else sum(dx.float() for dx in dxs)
+    return [y, dx, whole(list(dws), out_axes, in_axes)]  # type: ignore[list-item]
+
+
+PARALLEL = [RECIPES["metis"], PACKED[3]]
+LONG_PARALLEL = [RECIPES["nvfp4"], PACKED[4], SPLIT[7], SPLIT[8]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "sequence"),
+    [("column", 2, False), ("gate|up", 2, True), ("row", 4, False), ("row", 2, True), ("column", 4, True)],
+)
+@named(PARALLEL, long=LONG_PARALLEL)
+def test_layouts_change_no_bit_of_p_r_and_codes(
+    recipe: Recipe, kind: str, size: int, sequence: bool, seen: Recorder, ranks: None
+) -> None:
+    width = OUT_FEATURES // size // (2 if kind == "gate|up" else 1)
+    if kind != "row" and width % recipe.axis_multiple("out_features"):
+        pytest.skip("blocks would cross ranks: a linear refuses this layout")
+    (single,), expected = parallel_pass(recipe, kind, 1, False)
+    plans, results = parallel_pass(recipe, kind, size, sequence)
+    assert seen.ran == 1 + size
+    for name, (read, amax, operand) in seen.cells(single).items():
+        pieces = [seen.cells(plan)[name] for plan in plans]
+        rows, cols = zip(*(plan.axes(name) for plan in plans), strict=True)
+        assert torch.equal(whole([piece[0] for piece in pieces], rows, cols), read), f"R of {name}"
+        assert torch.equal(whole([piece[2] for piece in pieces], rows, cols), operand), f"codes of {name}"
+        if getattr(recipe, name).quantizer.has_tensor_amax:
+            assert all(torch.equal(piece[1], amax) for piece in pieces), f"amax of {name}"
+        found = seen.split_of(single, operand_of(name))
+        if found is not None:
+            ps = [seen.split_of(plan, operand_of(name))[1] for plan in plans]  # type: ignore[index]
+            stored = cols if is_transposed(name) else rows
+            columns = [Axis.whole(found[1].shape[1])] * size
+            assert torch.equal(whole(ps, stored, columns), found[1]), f"P of {name}"
+    for name, a, b in zip(
+        ("y", "dx", "dw"), put_together(plans, results, kind, sequence), expected[0], strict=True
+    ):
+        error = difference(a, b)
+        print(f"layout {name} {error:.1e}")
+        assert error < SUM_TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_under_sequence_parallelism_a_rank_works_on_its_own_tokens_only(
+    kind: str, seen: Recorder, ranks: None
+) -> None:
+    plans, _ = parallel_pass(RECIPES["metis"], kind, 2, True)
+    operand = plans[0].gathered_operand
+    for plan in plans:
+        assert seen.split_of(plan, operand)[0].shape[0] == TOKENS // 2  # type: ignore[index]
+        for name, (read, _, _) in seen.cells(plan).items():
+            if operand_of(name) == operand:
+                features = IN_FEATURES if operand == "input" else OUT_FEATURES
+                assert read.numel() == TOKENS // 2 * features, name
+
+
+def test_amaxes_travel_once(seen: Recorder, ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reduction of x, w and g each: the copies for backward use what forward has reduced."""
+    reduced: list[int] = []
+    original = Axis.reduce_max
+    monkeypatch.setattr(Axis, "reduce_max", lambda axis, v: (reduced.append(v.numel()), original(axis, v))[1])
+    for recipe, numbers in ((RECIPES["metis"], 1), (RECIPES["nvfp4"], 2)):
+        reduced.clear()
+        parallel_pass(recipe, "row", 2, False)
+        # Row-parallel: x and w are cut along K, g is whole on every rank.
+        assert sorted(reduced) == sorted(2 * [1, numbers]), recipe.name
