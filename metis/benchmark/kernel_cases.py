@@ -31,8 +31,9 @@ COPY = "bf16 clone"
 ROWS_RNE, COLUMNS_RNE = "1x16 rne, rows", "1x16 rne, columns"
 _SEED = 3
 _SPLIT_SHAPES = (
-    (64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 3), (128, 32, 8, 4),
-    (64, 64, 8, 4), (128, 64, 8, 2), (256, 64, 8, 3), (64, 128, 8, 2),
+    (64, 64, 4, 4, None), (64, 64, 4, 3, None), (64, 64, 4, 2, None), (64, 64, 4, 3, 128),
+    (64, 64, 4, 3, 96), (64, 64, 4, 2, 128), (128, 64, 8, 3, 128), (128, 64, 8, 2, 96),
+    (32, 64, 4, 3, None), (32, 128, 4, 3, None), (64, 32, 4, 3, None), (128, 32, 4, 3, 128),
 )  # fmt: skip
 _TILES = {
     False: (
@@ -238,7 +239,7 @@ def _split_shapes(inputs: _Inputs) -> Iterator[KernelCase]:
     p = (xs[0].float() @ v.float()).bfloat16()
     largest = torch.zeros((), device=v.device)
     for shape in _SPLIT_SHAPES:
-        label = f"tile {shape[0]}x{shape[1]}, {shape[2]} warps, {shape[3]} stages"
+        label = f"tile {shape[0]}x{shape[1]}, {shape[2]} warps, {shape[3]} stages, {shape[4]} registers"
         yield KernelCase(
             name=f"projection alone, {label}", num_bytes=2 * n, reference="amax",
             call=lambda i, s=shape: kernels.project(xs[i], v, num_chunks_for(cols), shape=s),

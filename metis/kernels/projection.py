@@ -39,11 +39,11 @@ from metis.kernels.launching import Key, Launcher, Prepared, layout
 MAX_RANK = 128
 """Columns of V that one program holds."""
 
-Shape = tuple[int, int, int, int]
-"""Rows and features of a tile, warps, stages of the software pipeline."""
+Shape = tuple[int, int, int, int, int | None]
+"""Rows and features of a tile, warps, stages of the software pipeline, largest number of registers."""
 
-_PROJECT_SHAPE: Shape = (64, 64, 4, 4)
-_RESIDUAL_SHAPE: Shape = (64, 64, 4, 3)
+_PROJECT_SHAPE: Shape = (64, 64, 4, 4, None)
+_RESIDUAL_SHAPE: Shape = (64, 64, 4, 3, None)
 _MIN_DOT = 16
 _FOLD_BLOCK = 1024
 
@@ -60,7 +60,15 @@ def _load_operand(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.cons
         raw = tl.load(pointer + offsets, mask=mask, other=0)
     if IS_BF16 and NATIVE:
         number = raw.to(tl.bfloat16, bitcast=True)
-    elif IS_BF16:
+    else:
+        number = _widened(raw, IS_BF16)
+    return number
+
+
+@triton.jit
+def _widened(raw, IS_BF16: tl.constexpr):
+    """Return loaded numbers (bf16 as int16) in fp32."""
+    if IS_BF16:
         number = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         number = raw.to(tl.float32)
@@ -86,25 +94,25 @@ def _project_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.arange(0, RANK)
-    row_mask = (rows < num_rows)[:, None]
-    row_offsets = rows.to(tl.int64)[:, None] * stride_r
+    rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    row_start = tl.program_id(0) * BLOCK_R
+    row_mask = (row_start + rows < num_rows)[:, None]
+    # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
+    x += row_start.to(tl.int64) * stride_r
     total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
     for part in range(num_parts):
         first = part * width + tl.program_id(1) * chunk
         for start in range(0, chunk, BLOCK_K):
-            inside = start + tl.arange(0, BLOCK_K)
-            features = first + inside
-            mask = inside < chunk
-            tile = _load_operand(x, row_offsets + features[None, :], row_mask & mask[None, :], IS_BF16,
-                                 NATIVE, EVEN)  # fmt: skip
-            basis = _load_operand(v, features[:, None] * stride_v + columns[None, :],
+            mask = start + block < chunk
+            tile = _load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
+                                 row_mask & mask[None, :], IS_BF16, NATIVE, EVEN)  # fmt: skip
+            basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
+                                  block[:, None] * stride_v + columns[None, :],
                                   mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
                                   EVEN)  # fmt: skip
             total = tl.dot(tile, basis, total, input_precision="ieee")
-    base = partials + tl.program_id(1).to(tl.int64) * num_rows * rank
-    tl.store(base + rows.to(tl.int64)[:, None] * rank + columns[None, :], total,
+    partials += tl.program_id(1).to(tl.int64) * num_rows * rank + row_start.to(tl.int64) * rank
+    tl.store(partials + rows[:, None] * rank + columns[None, :], total,
              mask=row_mask & (columns < rank)[None, :])  # fmt: skip
 
 
@@ -173,24 +181,40 @@ def _residual_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.arange(0, RANK)
-    row_mask = (rows < num_rows)[:, None]
-    row_index = rows.to(tl.int64)[:, None]
-    coefficients = _load_operand(p, row_index * rank + columns[None, :], row_mask & (columns < rank)[None, :],
-                                 True, NATIVE and IS_BF16, EVEN)  # fmt: skip
-    largest = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.int32)
+    rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    row_start = tl.program_id(0) * BLOCK_R
+    row_mask = (row_start + rows < num_rows)[:, None]
+    first = tl.program_id(1) * chunk
+    # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
+    x += row_start.to(tl.int64) * stride_r + first
+    residual += row_start.to(tl.int64) * num_features + first
+    x_offsets = rows[:, None] * stride_r + block[None, :]
+    out_offsets = rows[:, None] * num_features + block[None, :]
+    coefficients = _load_operand(p + row_start.to(tl.int64) * rank, rows[:, None] * rank + columns[None, :],
+                                 row_mask & (columns < rank)[None, :], True, NATIVE and IS_BF16,
+                                 EVEN)  # fmt: skip
+    largest = tl.zeros([BLOCK_R, 8], dtype=tl.int32)
     if NUM_F > 0:
         f_columns = tl.arange(0, NUM_F)
         total = tl.zeros([BLOCK_R, NUM_F], dtype=tl.float32)
-    first = tl.program_id(1) * chunk
+    # Read one tile ahead: a load takes as long as the work on a tile. A whole row of programs may reach past
+    # the last feature when the chunk does not divide them.
+    inside = (block < chunk) & (first + block < num_features)
+    ahead = tl.load(x + x_offsets, mask=row_mask & inside[None, :], other=0)
     for start in range(0, chunk, BLOCK_K):
-        features = first + start + tl.arange(0, BLOCK_K)
-        # A whole row of programs may reach past the last feature when the chunk does not divide them.
-        inside = (start + tl.arange(0, BLOCK_K) < chunk) & (features < num_features)
+        inside = (start + block < chunk) & (first + start + block < num_features)
         mask = row_mask & inside[None, :]
-        tile = _load_operand(x, row_index * stride_r + features[None, :], mask, IS_BF16, False, EVEN)
-        basis = _load_operand(v, features[None, :] * stride_v + columns[:, None],
+        tile = _widened(ahead, IS_BF16)
+        following = start + BLOCK_K
+        if EVEN:
+            more = following < chunk
+        else:
+            more = (
+                row_mask & ((following + block < chunk) & (first + following + block < num_features))[None, :]
+            )
+        ahead = tl.load(x + following + x_offsets, mask=more, other=0)
+        basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
+                              block[None, :] * stride_v + columns[:, None],
                               (columns < rank)[:, None] & inside[None, :], True, NATIVE and IS_BF16,
                               EVEN)  # fmt: skip
         left = tile - tl.dot(coefficients, basis, input_precision="ieee")
@@ -200,12 +224,14 @@ def _residual_kernel(
         else:
             stored = left
         if EVEN:
-            tl.store(residual + row_index * num_features + features[None, :], stored)
+            tl.store(residual + start + out_offsets, stored)
         else:  # where the mask is false x and V are zero, and so is what is left
-            tl.store(residual + row_index * num_features + features[None, :], stored, mask=mask)
-        largest = tl.maximum(largest, magnitude_bits(left))
+            tl.store(residual + start + out_offsets, stored, mask=mask)
+        groups = tl.reshape(magnitude_bits(left), [BLOCK_R, BLOCK_K // 8, 8])
+        largest = tl.maximum(largest, tl.max(groups, axis=1))
         if NUM_F > 0:
-            factor = _load_operand(f, features[:, None] * stride_f + f_columns[None, :],
+            factor = _load_operand(f + (first + start).to(tl.int64) * stride_f,
+                                   block[:, None] * stride_f + f_columns[None, :],
                                    inside[:, None] & (f_columns < num_f)[None, :], True, NATIVE and IS_BF16,
                                    EVEN)  # fmt: skip
             if IS_BF16 and NATIVE:
@@ -215,8 +241,8 @@ def _residual_kernel(
     result = tl.max(tl.max(largest, axis=1), axis=0)
     tl.atomic_max(as_int_pointer(amax), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
     if NUM_F > 0:
-        base = partials + tl.program_id(1).to(tl.int64) * num_rows * num_f
-        tl.store(base + row_index * num_f + f_columns[None, :], total,
+        partials += tl.program_id(1).to(tl.int64) * num_rows * num_f + row_start.to(tl.int64) * num_f
+        tl.store(partials + rows[:, None] * num_f + f_columns[None, :], total,
                  mask=row_mask & (f_columns < num_f)[None, :])  # fmt: skip
 
 
@@ -251,13 +277,13 @@ def _prepare_projection(
             "project", f"{num_features} features must divide into {parts} parts of {num_chunks} chunks"
         )
     rank, chunk = v.shape[1], width // num_chunks
-    block_rows, block_features, num_warps, num_stages = shape
+    block_rows, block_features, num_warps, num_stages, maxnreg = shape
     is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == _padded(rank)
     return _projections.prepare(
         key, (ceil_div(num_rows, block_rows), num_chunks),
         (num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts),
         (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), block_rows, block_features),
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
     )  # fmt: skip
 
 
@@ -344,7 +370,7 @@ def _prepare_residual(
     if factor is not None:
         _require_factors("residual", x, factor)
     rank, num_f = v.shape[1], 0 if factor is None else factor.shape[1]
-    block_rows, block_features, num_warps, num_stages = shape
+    block_rows, block_features, num_warps, num_stages, maxnreg = shape
     num_chunks = _num_residual_chunks(num_features, shape)
     chunk = ceil_div(ceil_div(num_features, num_chunks), block_features) * block_features
     is_even = num_rows % block_rows == 0 and chunk * num_chunks == num_features
@@ -355,7 +381,7 @@ def _prepare_residual(
         (num_rows, num_features, x.stride(0), v.stride(0), stride_f, rank, num_f, chunk),
         (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), block_rows,
          block_features),
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
     )  # fmt: skip
 
 
