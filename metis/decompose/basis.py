@@ -300,16 +300,18 @@ def state_tensors(state: BasisState) -> dict[str, Tensor]:
         state.num_kept,
         state.num_refreshes,
     ]
-    v = state.v
-    if v.untyped_storage().nbytes() > v.nbytes:  # made with others: a file would take them all along
-        v = v.clone()
     return {
-        "v": v,
+        "v": _by_itself(state.v),
         "z": state.z,
         "gram": state.gram,
-        "energies": state.energies,
+        "energies": _by_itself(state.energies),
         "counters": torch.tensor(counters, dtype=torch.int64),
     }
+
+
+def _by_itself(made: Tensor) -> Tensor:
+    """Copy a tensor that was made together with others: a file would take them all along."""
+    return made.clone() if made.untyped_storage().nbytes() > made.nbytes else made
 
 
 def state_from_tensors(tensors: dict[str, Tensor]) -> BasisState:
