@@ -207,7 +207,7 @@ def _residual_kernel(
         tile = _widened(ahead, IS_BF16)
         following = start + BLOCK_K
         if EVEN:
-            more = following < chunk
+            more = tl.zeros([1, 1], dtype=tl.int32) + following < chunk  # a tensor for the interpreter too
         else:
             more = (
                 row_mask & ((following + block < chunk) & (first + following + block < num_features))[None, :]
