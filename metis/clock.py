@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,19 +21,22 @@ from torch import Tensor
 
 from metis.rng import NoisePosition
 
+_KEPT_AMAXES = 32
+"""Amaxes of one operand that wait for their maximum to be taken."""
+
 
 class OperandWatch:
     """Told about every operand that is quantised; remembers which were not finite until somebody asks.
 
     FP4 has no NaN and no infinity, and a quantiser may turn them into ordinary numbers; so the scales are
-    looked at where they are made. The largest amax of each operand is kept on the device (a maximum carries
+    looked at where they are made. The amaxes of each operand are kept on the device (a maximum carries
     NaN and infinity along): asking costs one synchronisation for all layers.
     observer: called with (plan, cell name, source matrix, its split, its codes) for each operand while set.
     """
 
     def __init__(self) -> None:
         self.observer: Callable[..., None] | None = None
-        self._largest: dict[tuple[str, str], Tensor] = {}
+        self._amaxes: dict[tuple[str, str], list[Tensor]] = {}
 
     def note(self, plan: Any, cell_name: str, source: Tensor | None, split: Any, encoded: Any) -> None:
         """Take in one operand of layer `plan.layer`."""
@@ -41,19 +45,26 @@ class OperandWatch:
             self.observer(plan, cell_name, source, split, encoded)
 
     def note_amax(self, layer: str, cell_name: str, amax: Tensor) -> None:
-        """Take in the amax of one operand."""
-        key = (layer, cell_name)
-        largest = self._largest.get(key)
-        if largest is not amax:  # a weight is encoded once for many microbatches
-            self._largest[key] = amax if largest is None else torch.maximum(largest, amax)
+        """Take in the amax of one operand, fp32 0-dim; of many they are put together now and then, in one
+        launch.
+        """
+        amaxes = self._amaxes.setdefault((layer, cell_name), [])
+        if amaxes and amaxes[-1] is amax:  # a weight is encoded once for many microbatches
+            return
+        amaxes.append(amax)
+        if len(amaxes) == _KEPT_AMAXES:
+            amaxes[:] = [torch.stack(amaxes).amax()]
 
     def take_nonfinite(self) -> list[tuple[str, str]]:
         """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""
-        largest, self._largest = self._largest, {}
-        if not largest:
+        taken, self._amaxes = self._amaxes, {}
+        if not taken:
             return []
-        finite = torch.isfinite(torch.stack(list(largest.values()))).tolist()
-        return [key for key, is_finite in zip(largest, finite, strict=True) if not is_finite]
+        finite = torch.isfinite(torch.stack([amax for amaxes in taken.values() for amax in amaxes])).tolist()
+        ends = list(accumulate(map(len, taken.values())))
+        return [
+            key for key, end in zip(taken, ends, strict=True) if not all(finite[end - len(taken[key]) : end])
+        ]
 
 
 class TrainingClock:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from metis.functional import LinearPlan
-from metis.fused_operand import amaxes, basis_of, quantize_into, split, wide, width_of
+from metis.fused_operand import amaxes, basis_of, place_all, quantize_into, split, wide, width_of
 from metis.gemm import scaled_product
+from metis.kernels import Thin
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ def encode_weight(w_NK: Tensor, plan: LinearPlan) -> EncodedWeight:
         u, amax, residual, _ = split(w_NK, v_w, plan.in_features, plan)
     known = amaxes(residual, plan, names, quantizers, amax)
     fprop = dgrad = w_NK
+    heads: list[Thin] = []
     shares = quantizers[0] == quantizers[1] and not quantizers[0].is_1d
     if shares:
         whole = wide(w_NK, num_out + r_g + r_w, num_in + r_x + r_w)
@@ -117,13 +119,14 @@ def encode_weight(w_NK: Tensor, plan: LinearPlan) -> EncodedWeight:
             fprop = wide(w_NK, num_out, num_in + r_x + r_w)
         quantize_into(residual, quantizers[0], plan, names[0], known[0], fprop[:, :num_in])
         if u is not None:
-            fprop[:, num_in + r_x :].copy_(u)
+            heads.append(Thin(u, fprop[:, num_in + r_x :], False))
     if quantizers[1] is not None:
         if not shares:
             dgrad = wide(w_NK, num_out + r_g + r_w, num_in)
             quantize_into(residual.t(), quantizers[1], plan, names[1], known[1], dgrad[:num_out].t())
         if v_w is not None:
-            dgrad[num_out + r_g :].copy_(v_w.t())
+            heads.append(Thin(v_w.t(), dgrad[num_out + r_g :], False))
+    place_all(heads, None)
     return EncodedWeight(
         fprop=EncodedSide(fprop, known[0]),
         dgrad=EncodedSide(dgrad, known[1]),

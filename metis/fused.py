@@ -19,7 +19,7 @@ from metis import kernels
 from metis.config import QuantizerConfig, RhtConfig
 from metis.errors import ConfigError
 from metis.formats import E2M1_MAX, FOUR_OVER_SIX_E4M3_BOUND, RHT_SIGN_VECTOR, TENSOR_SCALE_TARGET
-from metis.kernels import KernelNoise, KernelOutput
+from metis.kernels import GemmScales, KernelNoise, KernelOutput
 from metis.quantize import QuantizedTensor, seeded_sign_vector
 
 KernelChoice = Literal["auto", "triton", "torch"]
@@ -130,12 +130,13 @@ def kernel_quantize(
     want_bytes: bool,
     want_operand: bool = True,
     operand_out: Tensor | None = None,
+    gemm_scales: GemmScales | None = None,
 ) -> KernelOutput:
     """Return codes, scales and operand that `metis.quantize` would make of the matrix [R, C], rotation
     included.
 
     amax: reduced over shards; not read where the format has no tensor scale. operand_out: where the decoded
-    operand goes, bf16 [R, C]; None: a new tensor.
+    operand goes, bf16 [R, C]; None: a new tensor. gemm_scales: what else NVFP4 writes, see `GemmScales`.
     """
     common = {
         "rounding": quantizer.rounding,
@@ -151,7 +152,12 @@ def kernel_quantize(
         return kernels.quantize_mxfp4(matrix, **common)
     assert amax is not None
     return kernels.quantize_nvfp4(
-        matrix, amax, block_shape=quantizer.block_shape, four_over_six=quantizer.four_over_six, **common
+        matrix,
+        amax,
+        block_shape=quantizer.block_shape,
+        four_over_six=quantizer.four_over_six,
+        gemm_scales=gemm_scales,
+        **common,
     )
 
 

@@ -13,6 +13,9 @@ Shape letters: M tokens, T ranks with m = M / T tokens each, K features held her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,7 @@ from metis.errors import ConfigError
 from metis.formats import as_float32
 from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.fused import kernel_quantize, scale_target, sign_vector
-from metis.kernels import KernelNoise, KernelOutput
+from metis.kernels import GemmScales, KernelNoise, KernelOutput, Thin
 from metis.operand import Axis
 
 _ALIGNMENT = 16
@@ -152,6 +155,40 @@ def note(amax: Tensor | None, plan: LinearPlan, cell_name: str) -> None:
         plan.watch.note_amax(plan.layer, cell_name, amax)
 
 
+@dataclass(frozen=True, slots=True)
+class ProductScales:
+    """What a product's epilogue multiplies by, alpha, and what its thin factors carry, 1 / alpha; None
+    without tensor scales.
+
+    written: by the launch that quantises one of the operands, None where it has been written.
+    """
+
+    alpha: Tensor | None = None
+    inverse: Tensor | None = None
+    written: GemmScales | None = None
+
+
+def product_scales(
+    quantizers: tuple[QuantizerConfig, QuantizerConfig],
+    amaxes: tuple[Tensor | None, Tensor | None],
+    has_thin: bool,
+) -> ProductScales:
+    """Return the scales of a product, to be handed to the launch that quantises the first operand.
+
+    has_thin: thin factors stand beside the operands; only then is the inverse written.
+    """
+    left, right = quantizers
+    if not left.has_tensor_amax:
+        return ProductScales()
+    assert amaxes[0] is not None and amaxes[1] is not None
+    reciprocal = as_float32(1 / (scale_target(left) * scale_target(right)))
+    if left.four_over_six is not None:  # its kernel writes nothing else
+        return ProductScales(*kernels.gemm_scales(*amaxes, reciprocal, invertible=has_thin))
+    out = torch.empty(2, dtype=torch.float32, device=amaxes[0].device)
+    written = GemmScales(other_amax=amaxes[1], out=out, reciprocal_target=reciprocal, invertible=has_thin)
+    return ProductScales(*out.unbind(), written)
+
+
 def quantize_into(
     matrix: Tensor,
     quantizer: QuantizerConfig,
@@ -159,17 +196,25 @@ def quantize_into(
     cell_name: str,
     amax: Tensor | None,
     place: Tensor,
+    scales: GemmScales | None = None,
 ) -> None:
     """Write the decoded operand of a matrix [rows, contraction axis] into `place`; amax: of `amaxes`."""
-    kernel_quantize(matrix, quantizer, amax, _noise(quantizer, plan, cell_name), False, operand_out=place)
+    noise = _noise(quantizer, plan, cell_name)
+    kernel_quantize(matrix, quantizer, amax, noise, False, operand_out=place, gemm_scales=scales)
 
 
 def quantize_to_bytes(
-    matrix: Tensor, quantizer: QuantizerConfig, plan: LinearPlan, cell_name: str, amax: Tensor | None
+    matrix: Tensor,
+    quantizer: QuantizerConfig,
+    plan: LinearPlan,
+    cell_name: str,
+    amax: Tensor | None,
+    scales: GemmScales | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return packed codes and scale bytes of a matrix [rows, contraction axis]."""
+    noise = _noise(quantizer, plan, cell_name)
     output: KernelOutput = kernel_quantize(
-        matrix, quantizer, amax, _noise(quantizer, plan, cell_name), True, want_operand=False
+        matrix, quantizer, amax, noise, True, want_operand=False, gemm_scales=scales
     )
     assert output.packed is not None and output.scale_bytes is not None
     return output.packed, output.scale_bytes
@@ -230,24 +275,58 @@ def fill_rows(
     plan: LinearPlan,
     cell_name: str,
     amax: Tensor | None,
+    scales: ProductScales,
     thin: Tensor,
+    factors: Sequence[Thin],
 ) -> None:
     """Complete a left operand [M, K + c]: the matrix quantised along its rows, and the thin factors.
 
-    thin: of `thin_columns`, filled. Where ranks hold other tokens, theirs come in here.
+    thin: of `thin_columns`; factors: what is written there (or elsewhere) once 1 / alpha is known. Where
+    ranks hold other tokens, theirs come in here.
     """
     num_columns = matrix.shape[1]
     shards = shards_of(plan, operand_of(cell_name))
     if shards is None:
-        quantize_into(matrix, quantizer, plan, cell_name, amax, buffer[:, :num_columns])
+        place = buffer[:, :num_columns]
+        quantize_into(matrix, quantizer, plan, cell_name, amax, place, scales.written)
+        place_all(factors, scales.inverse)
         return
-    packed, scale_bytes = quantize_to_bytes(matrix, quantizer, plan, cell_name, amax)
-    packed, scale_bytes, *others = gather_together(
-        shards, packed, scale_bytes, *([thin] if thin.shape[1] else [])
-    )
+    codes = quantize_to_bytes(matrix, quantizer, plan, cell_name, amax, scales.written)
+    place_all(factors, scales.inverse)
+    packed, scale_bytes, *others = gather_together(shards, *codes, *([thin] if thin.shape[1] else []))
     decode_into(rows_of_ranks(buffer[:, :num_columns], shards), packed, scale_bytes, quantizer)
-    for factors in others:
-        rows_of_ranks(buffer[:, num_columns:], shards).copy_(factors)
+    for gathered in others:
+        rows_of_ranks(buffer[:, num_columns:], shards).copy_(gathered)
+
+
+def fill_columns(
+    place: Tensor,
+    matrix: Tensor,
+    quantizer: QuantizerConfig,
+    plan: LinearPlan,
+    cell_name: str,
+    amax: Tensor | None,
+    p: Tensor | None,
+    scales: ProductScales | None = None,
+) -> Tensor | None:
+    """Quantise a matrix [m, features] along its tokens into `place` [features, M]; returns P of all
+    tokens.
+    """
+    shards, written = shards_of(plan, operand_of(cell_name)), None if scales is None else scales.written
+    if shards is None:
+        quantize_into(matrix.t(), quantizer, plan, cell_name, amax, place, written)
+        return p
+    codes = quantize_to_bytes(matrix.t(), quantizer, plan, cell_name, amax, written)
+    return gather_columns(place, codes, quantizer, shards, p)
+
+
+def gather_columns(
+    place: Tensor, codes: tuple[Tensor, Tensor], quantizer: QuantizerConfig, shards: Axis, p: Tensor | None
+) -> Tensor | None:
+    """Decode the columns that all ranks hold into `place` [features, M]; returns their P, [M, r]."""
+    packed, scale_bytes, *others = gather_together(shards, *codes, *([] if p is None else [p]))
+    decode_into(columns_of_ranks(place, shards), packed, scale_bytes, quantizer)
+    return others[0].flatten(0, 1) if others else None
 
 
 def thin_columns(buffer: Tensor, num_columns: int, shards: Axis | None) -> Tensor:
@@ -259,23 +338,7 @@ def thin_columns(buffer: Tensor, num_columns: int, shards: Axis | None) -> Tenso
     return wide(buffer, buffer.shape[0] // shards.num_shards, buffer.shape[1] - num_columns)
 
 
-def product_scales(
-    quantizers: tuple[QuantizerConfig, QuantizerConfig],
-    amaxes: tuple[Tensor | None, Tensor | None],
-    has_extra: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (alpha, 1 / alpha) of a product, None without tensor scales; the inverse only if `has_extra`."""
-    left, right = quantizers
-    if not left.has_tensor_amax:
-        return None, None
-    assert amaxes[0] is not None and amaxes[1] is not None
-    reciprocal = as_float32(1 / (scale_target(left) * scale_target(right)))
-    return kernels.gemm_scales(amaxes[0], amaxes[1], reciprocal, invertible=has_extra)
-
-
-def scaled_into(place: Tensor, thin: Tensor, factor: Tensor | None) -> None:
-    """Write a thin fp32 factor, times a number on the device, into its place beside an operand."""
-    if factor is None:
-        place.copy_(thin)
-    else:
-        torch.mul(thin, factor, out=place)
+def place_all(factors: Sequence[Thin], factor: Tensor | None) -> None:
+    """Write thin factors to their places, those that are scaled times `factor`; two in a launch."""
+    for first in range(0, len(factors), 2):
+        kernels.place(*factors[first : first + 2], factor=factor)

@@ -22,7 +22,7 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from metis import encoded_weight, fused_linear, fused_operand
+from metis import encoded_weight, fused_linear, fused_operand, fused_products
 from metis.clock import OperandWatch, TrainingClock
 from metis.config import CELL_NAMES, BasisConfig, QuantizerConfig, RankConfig, Recipe, RhtConfig, SplitConfig
 from metis.functional import LinearPlan, is_transposed, operand_of
@@ -163,7 +163,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         recorder.ran += 1
         return apply(*arguments)
 
-    for module in (fused_linear, encoded_weight):
+    for module in (fused_products, encoded_weight):
         monkeypatch.setattr(module, "split", spy_split)
     monkeypatch.setattr(fused_operand, "_noise", spy_noise)
     monkeypatch.setattr(fused_operand, "kernel_quantize", spy_quantize)

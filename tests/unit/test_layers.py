@@ -30,6 +30,7 @@ ROWS = (
     ("metis.functional",),
     ("metis.fused_operand",),
     ("metis.encoded_weight",),
+    ("metis.fused_products",),
     ("metis.fused_linear",),
     ("metis.reparametrised", "metis.regularize"),
     ("metis.nn",),

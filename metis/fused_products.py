@@ -1,0 +1,325 @@
+"""The three products of a linear on kernels: the six cells of `metis.functional` with every extra pass over
+memory taken out.
+
+One idea: the terms of a product are laid side by side along the contraction axis, so that one GEMM forms them
+all and its epilogue applies the tensor scales. With alpha the product of the two tensor scales,
+
+    y  = alpha [q(R_x) | P_x           | R_x V_w / alpha] [q(W_R) | w V_x / alpha   | U  ]^T
+    dx = alpha [q(R_g) | P_g           | R_g U / alpha  ] [q(W_R) ; V_g^T w / alpha ; V_w^T]
+    dw = alpha [q(R_g) ; V_g^T ; P_x^T g / alpha]^T [q(R_x) ; P_g^T R_x / alpha ; V_x^T]
+
+each in fp32, rounded once to the output. The quantised terms are exactly those of `metis.functional` (codes
+times block scales, exact in bf16, alpha in the epilogue); a thin factor is rounded to bf16 once, after the
+division by alpha. dw is added to the engine's fp32 accumulator in the same call.
+
+What depends on the weight alone is made once per optimizer step (`metis.encoded_weight`). Saved for backward
+are R_x (which takes the place of x) and P_x; nothing else is larger than a thin factor. Under `save_packed`
+the codes of wgrad's copy take the place of R_x, and P_g^T R_x reads what they decode to.
+
+Under sequence parallelism one operand arrives as a shard of its tokens: it is projected, split and quantised
+there, and gathered as codes and thin factors (`metis.fused_operand`). P_g^T R_x and P_x^T g sum over tokens:
+each rank takes its own rows, and the thin sums are added over the ranks.
+
+Coefficients and residuals come from `metis.kernels.projection`, within fp32 rounding of the definition's.
+
+Trap: 1 / alpha must be finite, so alpha is held at 2^-100 or above where there are thin factors. A product
+whose amaxes multiply to less than 6e-24 (gradients of 1e-23 beside weights of 1) loses its scale.
+
+Shape letters: M tokens, m of them held here, K in_features, N out_features, r ranks (of x, w and g, which may
+differ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metis.encoded_weight import EncodedWeight
+from metis.functional import LinearPlan, as_placeholder
+from metis.fused import scale_target
+from metis.fused_operand import (
+    ProductScales,
+    amaxes,
+    basis_of,
+    decode_into,
+    fill_columns,
+    fill_rows,
+    gather_columns,
+    note,
+    place_all,
+    product_scales,
+    quantize_to_bytes,
+    rows_held,
+    shards_of,
+    split,
+    thin_columns,
+    thin_sums,
+    wide,
+    width_of,
+)
+from metis.gemm import scaled_product
+from metis.kernels import Thin
+
+
+@dataclass(slots=True)
+class SavedInput:
+    """What backward needs of x, of the tokens held here.
+
+    residual: R, [m, K] (x itself where nothing is split); or, packed, codes [K, m / 2] and scales of wgrad's
+    copy. p: [m, r]. amax: of wgrad's copy, over all ranks, where it is known.
+    """
+
+    residual: Tensor | None
+    p: Tensor | None = None
+    amax: Tensor | None = None
+    packed: Tensor | None = None
+    scale_bytes: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the fields in order."""
+        return self.residual, self.p, self.amax, self.packed, self.scale_bytes
+
+
+def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor, SavedInput]:
+    """Return y of all tokens in bf16, and what backward needs of x."""
+    recipe, shards = plan.recipe, shards_of(plan, "input")
+    quantizer, wgrad_quantizer = recipe.fprop_input.quantizer, recipe.wgrad_input.quantizer
+    wgrad_quantizer = wgrad_quantizer if keep else None
+    encoded: EncodedWeight = plan.weights.get(w, plan)
+    num_here, num_in = x.shape
+    num_tokens = num_here if shards is None else num_here * shards.num_shards
+    y = torch.empty(num_tokens, w.shape[0], dtype=x.dtype, device=x.device)
+    v_x = v_w = None
+    if quantizer is not None:
+        v_x, v_w = basis_of(plan, "fprop_input"), basis_of(plan, "fprop_weight")
+    elif wgrad_quantizer is not None:
+        v_x = basis_of(plan, "wgrad_input")
+    left = thin = beside = None
+    if quantizer is not None:
+        left = wide(x, num_tokens, num_in + width_of(v_x) + width_of(v_w))
+        thin = thin_columns(left, num_in, shards)
+        beside = thin[:, : width_of(v_x)]
+    p = amax = sums = None
+    residual = x
+    if v_x is not None:
+        p, amax, residual, sums = split(x, v_x, plan.in_features, plan, beside=beside, factor=v_w)
+    elif v_w is not None:
+        sums = thin_sums(x, v_w)
+    used = amaxes(residual, plan, ("fprop_input", "wgrad_input"), (quantizer, wgrad_quantizer), amax)
+    if quantizer is None:
+        scaled_product(x if shards is None else shards.gather_rows(x), w, y)
+    else:
+        _fprop(residual, sums, (left, thin), encoded, plan, used[0], y)  # type: ignore[arg-type]
+    if wgrad_quantizer is None:
+        return y, SavedInput(x)
+    if not recipe.save_packed:
+        return y, SavedInput(residual, p, used[1])
+    codes = quantize_to_bytes(residual.t(), wgrad_quantizer, plan, "wgrad_input", used[1])
+    note(used[1], plan, "wgrad_input")
+    return y, SavedInput(None, p, used[1], *codes)
+
+
+def _fprop(
+    residual: Tensor,
+    sums: Tensor | None,
+    buffers: tuple[Tensor, Tensor],
+    encoded: EncodedWeight,
+    plan: LinearPlan,
+    amax: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Complete the left operand (P_x is in its place) and multiply."""
+    (left, thin), num_in = buffers, residual.shape[1]
+    quantizer, w_quantizer = plan.recipe.fprop_input.quantizer, plan.recipe.fprop_weight.quantizer
+    assert quantizer is not None and w_quantizer is not None
+    right, factors = encoded.fprop.buffer, []
+    scales = product_scales((quantizer, w_quantizer), (amax, encoded.fprop.amax), thin.shape[1] > 0)
+    if sums is not None:
+        factors.append(Thin(sums, thin[:, thin.shape[1] - sums.shape[2] :], True))
+    if encoded.t_input is not None:
+        place = right[:, num_in : num_in + encoded.t_input.shape[1]]
+        factors.append(Thin(encoded.t_input, place, True))
+    fill_rows(left, residual, quantizer, plan, "fprop_input", amax, scales, thin, factors)
+    note(amax, plan, "fprop_input")
+    note(encoded.fprop.amax, plan, "fprop_weight")
+    scaled_product(left, right, y, scales.alpha)
+
+
+@dataclass(slots=True)
+class _Gradient:
+    """g of a backward pass: split, quantised for both products, whole again where it came as a shard.
+
+    g: what arrived, [m, N]. v: its basis in use. p: of all tokens, [M, r_g]. left: dgrad's operand [M, N +
+    r_g + r_w]. for_wgrad: wgrad's [M + r_g + r_x, N], whose thin rows are still open. scales: of both
+    products.
+    """
+
+    g: Tensor
+    v: Tensor | None = None
+    p: Tensor | None = None
+    left: Tensor | None = None
+    for_wgrad: Tensor | None = None
+    dgrad_scales: ProductScales = field(default_factory=ProductScales)
+    wgrad_scales: ProductScales = field(default_factory=ProductScales)
+
+
+def _open_gradient(
+    g: Tensor, encoded: EncodedWeight, plan: LinearPlan, needs: tuple[bool, bool], x: SavedInput
+) -> _Gradient:
+    """Split g and write both copies; dgrad's operands are complete then."""
+    recipe, shards, opened = plan.recipe, shards_of(plan, "grad_output"), _Gradient(g)
+    names = "dgrad_grad_output", "wgrad_grad_output"
+    dgrad, wgrad = (
+        getattr(recipe, name).quantizer if n else None for name, n in zip(names, needs, strict=True)
+    )
+    if dgrad is None and wgrad is None:
+        return opened
+    num_here, num_out = g.shape
+    num_tokens = num_here if shards is None else num_here * shards.num_shards
+    opened.v = v_g = basis_of(plan, names[0] if dgrad is not None else names[1])
+    u = None if dgrad is None else encoded.u
+    thin = beside = amax = sums = None
+    if dgrad is not None:
+        opened.left = wide(g, num_tokens, num_out + width_of(v_g) + width_of(u))
+        thin = thin_columns(opened.left, num_out, shards)
+        beside = thin[:, : width_of(v_g)]
+    residual = g
+    if v_g is not None:
+        opened.p, amax, residual, sums = split(g, v_g, plan.out_features, plan, beside=beside, factor=u)
+    elif u is not None:
+        sums = thin_sums(g, u)
+    used = amaxes(residual, plan, names, (dgrad, wgrad), amax)
+    if dgrad is not None:
+        assert thin is not None and opened.left is not None and recipe.dgrad_weight.quantizer is not None
+        quantizers, factors = (dgrad, recipe.dgrad_weight.quantizer), []
+        opened.dgrad_scales = scales = product_scales(
+            quantizers, (used[0], encoded.dgrad.amax), thin.shape[1] > 0
+        )
+        if sums is not None:
+            factors.append(Thin(sums, thin[:, width_of(v_g) :], True))
+        if encoded.t_grad is not None:
+            place = encoded.dgrad.buffer[num_out : num_out + encoded.t_grad.shape[0]]
+            factors.append(Thin(encoded.t_grad, place, True))
+        fill_rows(opened.left, residual, dgrad, plan, names[0], used[0], scales, thin, factors)
+        note(used[0], plan, names[0])
+        note(encoded.dgrad.amax, plan, "dgrad_weight")
+    if wgrad is not None:
+        assert recipe.wgrad_input.quantizer is not None
+        num_thin = width_of(v_g) + width_of(x.p)
+        opened.wgrad_scales = scales = product_scales(
+            (wgrad, recipe.wgrad_input.quantizer), (used[1], x.amax), num_thin > 0
+        )
+        opened.for_wgrad = wide(g, num_tokens + num_thin, num_out)
+        place = opened.for_wgrad[:num_tokens].t()
+        opened.p = fill_columns(place, residual, wgrad, plan, names[1], used[1], opened.p, scales)
+        note(used[1], plan, names[1])
+    return opened
+
+
+def backward(
+    g: Tensor, w: Tensor, x: SavedInput, plan: LinearPlan, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx of all tokens and what stands for dw."""
+    recipe, shards = plan.recipe, shards_of(plan, "grad_output")
+    encoded: EncodedWeight = plan.weights.get(w, plan)
+    gradient = _open_gradient(g, encoded, plan, needs, x)
+    if shards is not None and (
+        (needs[0] and recipe.dgrad_grad_output.quantizer is None)
+        or (needs[1] and recipe.wgrad_grad_output.quantizer is None)
+    ):
+        g = shards.gather_rows(g)
+    dx = dw = None
+    if needs[0]:
+        left, right, alpha = g, w, None
+        if gradient.left is not None:
+            left, right, alpha = gradient.left, encoded.dgrad.buffer, gradient.dgrad_scales.alpha
+        dx = torch.empty(left.shape[0], w.shape[1], dtype=g.dtype, device=g.device)
+        scaled_product(left, right.t(), dx, alpha)
+        gradient.left = left = None  # type: ignore[assignment]
+    if needs[1]:
+        dw = _weight_gradient(g, gradient, w, x, plan)
+    return dx, dw
+
+
+def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor:
+    """Form dw and deliver it: into the engine's accumulator where there is one. g: of all tokens where
+    nothing is quantised.
+    """
+    main_grad: Tensor | None = getattr(w, "main_grad", None)
+    out = torch.empty_like(w) if main_grad is None else main_grad
+    accumulate = main_grad is not None
+    left, p = gradient.for_wgrad, gradient.p
+    if left is None:
+        shards = shards_of(plan, "input")
+        assert x.residual is not None
+        whole = x.residual if shards is None else shards.gather_rows(x.residual)
+        scaled_product(g.t(), whole.t(), out, None, accumulate)
+        return as_placeholder(w) if accumulate else out
+    r_g, r_x, scales = width_of(p), width_of(x.p), gradient.wgrad_scales
+    num_tokens = left.shape[0] - r_g - r_x
+    middle = num_tokens + r_g
+    right, factors = wide(w, left.shape[0], w.shape[1]), []
+    p_x = _fill_input(right[:num_tokens].t(), x, plan)
+    if p is not None:
+        assert gradient.v is not None
+        factors.append(Thin(gradient.v.t(), left[num_tokens:middle], False))
+        _head_times_residual(right[num_tokens:middle], p, right[:num_tokens], x, scales.inverse, plan)
+    if p_x is not None:
+        assert plan.v_input is not None
+        factors.append(Thin(plan.v_input.t(), right[middle:], False))
+        shards = shards_of(plan, "grad_output")
+        p_x = p_x if shards is None else rows_held(p_x, shards)
+        _over_tokens(left[middle:], p_x, gradient.g, scales.inverse, shards)
+    place_all(factors, None)
+    scaled_product(left.t(), right.t(), out, scales.alpha, accumulate)
+    return as_placeholder(w) if accumulate else out
+
+
+def _fill_input(place: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor | None:
+    """Write wgrad's copy of x into `place` [K, M]; returns P of all tokens."""
+    shards, quantizer = shards_of(plan, "input"), plan.recipe.wgrad_input.quantizer
+    assert quantizer is not None
+    if x.residual is not None:
+        note(x.amax, plan, "wgrad_input")
+        return fill_columns(place, x.residual, quantizer, plan, "wgrad_input", x.amax, x.p)
+    assert x.packed is not None and x.scale_bytes is not None
+    if shards is not None:
+        return gather_columns(place, (x.packed, x.scale_bytes), quantizer, shards, x.p)
+    decode_into(place, x.packed, x.scale_bytes, quantizer)
+    return x.p
+
+
+def _head_times_residual(
+    rows: Tensor,
+    p: Tensor,
+    decoded: Tensor,
+    x: SavedInput,
+    inverse: Tensor | None,
+    plan: LinearPlan,
+) -> None:
+    """Write P_g^T R_x / alpha into `rows` [r_g, K].
+
+    p: of all tokens, [M, r_g]. decoded: wgrad's copy of x without its tensor scale, [M, K]; read in place of
+    R_x where that was not kept.
+    """
+    shards, residual, factor = shards_of(plan, "input"), x.residual, inverse
+    if residual is None:
+        residual = decoded if shards is None else rows_held(decoded, shards)
+        quantizer = plan.recipe.wgrad_input.quantizer
+        assert quantizer is not None
+        if inverse is not None:
+            assert x.amax is not None
+            factor = inverse * (x.amax / scale_target(quantizer))
+    _over_tokens(rows, p if shards is None else rows_held(p, shards), residual, factor, shards)
+
+
+def _over_tokens(rows: Tensor, p: Tensor, matrix: Tensor, factor: Tensor | None, shards: Any) -> None:
+    """Write factor * p^T matrix into `rows`, summed over the tokens of all ranks; p [m, r], matrix [m, C]."""
+    if shards is None:
+        scaled_product(p.t(), matrix.t(), rows, factor)
+        return
+    mine = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    place_all([Thin(shards.sum(scaled_product(p.t(), matrix.t(), mine)), rows, True)], factor)
