@@ -99,9 +99,9 @@ class Axis:
         """Return `value` of every rank that holds a piece, in shard order: [num_shards, ...]."""
         if not self.is_sharded:
             return value[None]
-        whole = value.new_empty((self.num_shards, *value.shape))
-        dist.all_gather_into_tensor(whole, value.contiguous(), group=self.group)
-        return whole
+        whole = value.new_empty(self.num_shards * value.numel())  # flat: the one shape that all backends take
+        dist.all_gather_into_tensor(whole, value.reshape(-1), group=self.group)
+        return whole.view(self.num_shards, *value.shape)
 
     def gather_rows(self, value: Tensor) -> Tensor:
         """Return [size, ...] from every rank's [local_size, ...], parts kept together: the order of one
