@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metis.bases import OperandBasis, renew_bases
+from metis.bases import OperandBasis
 from metis.clock import TrainingClock
 from metis.config import Recipe, ReparametrisationConfig
 from metis.decompose import basis as algebra
@@ -27,6 +27,7 @@ from metis.gemm import EmulatedGemm, GemmBackend
 from metis.operand import Axis
 from metis.recipes import resolve_recipe
 from metis.regularize import dual_range_gradient
+from metis.renewal import renew_bases
 from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition
 from metis.schedule import require_same_parameters

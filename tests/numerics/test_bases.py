@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metis import bases
+from metis import bases, renewal
 from metis.clock import TrainingClock
 from metis.config import BasisConfig, Recipe
 from metis.decompose.basis import BasisState, state_tensors
@@ -113,7 +113,8 @@ def test_a_group_makes_the_bases_that_its_layers_make_alone(recipe: Recipe):
 def test_limits_of_memory_do_not_change_the_bases(limit: str, monkeypatch: pytest.MonkeyPatch):
     expected = _trained(Model(3)).states()
     # Every microbatch is sketched in backward; weights in blocks of a few rows, every basis alone.
-    monkeypatch.setattr(bases, limit, {"MAX_WAITING_BYTES": 0, "MAX_GROUP_NUMEL": 20 * SIZE}[limit])
+    home, value = {"MAX_WAITING_BYTES": (bases, 0), "MAX_GROUP_NUMEL": (renewal, 20 * SIZE)}[limit]
+    monkeypatch.setattr(home, limit, value)
     model = _trained(Model(3), 7)
     model.step(7)
     waiting = [model.layers[0].core.bases[name]._pending for name in ("input", "grad_output")]
