@@ -18,6 +18,7 @@ LONG_FILES = (
     "integration/test_quantization_log.py",
     "multiproc/test_parallel_operands.py",
     "integration/test_weight_conversion.py",
+    "numerics/test_fused_linear.py",
     "numerics/test_kernels.py",
 )
 """Files of a minute and more, longest first."""

@@ -25,7 +25,7 @@ from metis.kernels.arguments import (
 )
 from metis.kernels.blockwise import store_tile, times_blocks
 from metis.kernels.elementary import e2m1_value, e4m3_value, e8m0_value, exact_bf16_bits, round_to_bf16
-from metis.kernels.launching import Launcher
+from metis.kernels.launching import Launcher, layout
 
 _FORMATS = ("nvfp4", "mxfp4")
 _TILE, _TURNED_TILE, _NUM_WARPS = (16, 256), (64, 64), 4
@@ -89,7 +89,7 @@ def load_bytes(pointer, row_start, col_start, num_rows, num_cols, TILE_R: tl.con
     return tl.load(base + rows[:, None] * num_cols + cols[None, :], mask=mask, other=0).to(tl.int32)
 
 
-_launch_decode = Launcher(_decode_kernel)
+_decoders = Launcher(_decode_kernel)
 
 
 def decode_operand(
@@ -144,26 +144,35 @@ def _launch(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    block_shape = tuple(block_shape)
-    _require_bytes(packed, scale_bytes, block_shape, format)
-    if amax is not None:
-        require_amax("dequantize", amax, packed.device)
-    *pieces, num_rows, half_cols = packed.shape
-    num_cols, shape = 2 * half_cols, (*pieces, num_rows, 2 * half_cols)
+    key = (
+        layout(packed), layout(scale_bytes), layout(out), amax is None, block_shape, format, scale_target,
+        dtype,
+    )  # fmt: skip
+    ready = _decoders.ready(key)
+    shape = (*packed.shape[:-1], 2 * packed.shape[-1])
+    if ready is None:
+        _require_bytes(packed, scale_bytes, tuple(block_shape), format)
+        if amax is not None:
+            require_amax("dequantize", amax, packed.device)
+        if out is not None and (tuple(out.shape), out.dtype, out.device) != (shape, dtype, packed.device):
+            raise ShapeError(
+                "operand_out", f"must be {dtype} {shape}, received {out.dtype} {tuple(out.shape)}"
+            )
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=packed.device)
-    elif tuple(out.shape) != shape or out.dtype != dtype or out.device != packed.device:
-        raise ShapeError("operand_out", f"must be {dtype} {shape}, received {out.dtype} {tuple(out.shape)}")
-    *out_stride, stride_r, stride_c = out.stride()
-    tile_r, tile_c = _TILE if stride_c <= stride_r else _TURNED_TILE
-    _launch_decode(
-        (ceil_div(num_rows, tile_r) * ceil_div(num_cols, tile_c), *(pieces or (1,))),
-        (packed, scale_bytes, amax, out, num_rows, num_cols, _distance(packed), _distance(scale_bytes),
-         *(out_stride or (0,)), stride_r, stride_c, as_float32(1 / scale_target)),
-        (amax is not None, dtype == torch.bfloat16, is_native(packed), format == "mxfp4", *block_shape,
-         tile_r, tile_c),
-        num_warps=_NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    if ready is None:
+        *pieces, num_rows, num_cols = shape
+        *distance, stride_r, stride_c = out.stride()
+        tile_r, tile_c = _TILE if stride_c <= stride_r else _TURNED_TILE
+        ready = _decoders.prepare(
+            key, (ceil_div(num_rows, tile_r) * ceil_div(num_cols, tile_c), *(pieces or (1,))),
+            (num_rows, num_cols, _distance(packed), _distance(scale_bytes), *(distance or (0,)), stride_r,
+             stride_c, as_float32(1 / scale_target)),
+            (amax is not None, dtype == torch.bfloat16, is_native(packed), format == "mxfp4", *block_shape,
+             tile_r, tile_c),
+            num_warps=_NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    ready((packed, scale_bytes, amax, out))
     return out
 
 

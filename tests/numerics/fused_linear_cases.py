@@ -38,9 +38,9 @@ from tests.numerics._simulated_ranks import Team, shard_of, use_simulated_collec
 
 TOKENS, IN_FEATURES, OUT_FEATURES = 64, 128, 64
 PRODUCT_TOLERANCE = 4e-3
-"""Relative Frobenius error of y, dx and dw (bf16) against the formula in float64; measured 2.4e-3."""
-SUM_TOLERANCE = 4e-3
-"""Between layouts: thin sums over tokens are formed in another order and rounded to bf16; measured 2.3e-3."""
+"""Relative Frobenius error of y, dx and dw (bf16) against the formula in float64; measured 2.3e-3."""
+SUM_TOLERANCE = {"y": 8e-3, "dx": 8e-3, "dw": 1e-3}
+"""Between layouts: each rank rounds its part of a sum over features to bf16; measured 2.8e-3, 3.7e-3, 0."""
 SMALLEST_TERM = 2 * PRODUCT_TOLERANCE
 BF16_ULP = 2.0**-7
 
@@ -292,7 +292,7 @@ def bf16_ulps(a: Tensor, b: Tensor) -> Tensor:
     """Return |a - b| in units of the last place of b as bf16."""
     exponent = torch.frexp(b.double().abs().clamp(min=1e-30))[1] - 1
     return (a.double() - b.double()).abs() / torch.ldexp(
-        torch.tensor(BF16_ULP, dtype=torch.float64), exponent
+        torch.full_like(b, BF16_ULP, dtype=torch.float64), exponent
     )
 
 
@@ -688,7 +688,7 @@ def test_layouts_change_no_bit_of_p_r_and_codes(
     ):
         error = difference(a, b)
         print(f"layout {name} {error:.1e}")
-        assert error < SUM_TOLERANCE, f"{name}: {error:.1e}"
+        assert error < SUM_TOLERANCE[name], f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])

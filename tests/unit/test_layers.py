@@ -33,6 +33,7 @@ ROWS = (
     ("metis.fused_products",),
     ("metis.fused_linear",),
     ("metis.reparametrised", "metis.regularize"),
+    ("metis.bases",),
     ("metis.nn",),
     ("metis.diagnostics",),
     ("metis.observe",),
