@@ -63,7 +63,7 @@ SECTIONS: tuple[tuple[str, type, str], ...] = (
     (
         "Quantiser",
         QuantizerConfig,
-        "nvfp4, blocks of 16, nearest: arXiv 2509.25149 and Transformer Engine; 24 random bits: no visible "
+        "nvfp4, blocks of 16, nearest: arXiv 2509.25149 and Transformer Engine; 16 random bits: no visible "
         "bias; four_over_six: arXiv 2512.02010; mxfp4: OCP Microscaling 1.0.",
     ),
     ("Rotation (rht)", RhtConfig, "16 points and their signs: arXiv 2509.25149, section 4.2."),
