@@ -126,7 +126,7 @@ _RECIPE = (
          "who multiplies FP4 operands; auto: scaled_mm on compute capability 10.x, else emulated",
          "gemm_backend", choices=("auto", "emulated", "scaled_mm", "transformer_engine")),
     _opt("--quantize-kernels", str, "auto",
-         "who quantises, with the same bits; auto: Triton kernels on CUDA, else plain PyTorch",
+         "who splits and quantises; auto: Triton kernels on CUDA, else plain PyTorch (same codes)",
          "gemm_backend", choices=("auto", "triton", "torch")),
     _opt("--fp4-format", str, None, "Megatron's spelling of --recipe nvfp4", "validation", dest="fp4",
          choices=("e2m1",)),
