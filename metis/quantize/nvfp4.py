@@ -95,8 +95,8 @@ def quantize(
     C, and R too for (16, 16) blocks, a multiple of 16. Any strides; a transposed view is not copied first.
     block_shape: (1, 16) or (16, 16). rounding: of the elements only. amax: fp32 0-dim, the reduced amax of a
     tensor of which x is a shard; default `tensor_amax(x)`. noise_words: [R, C] int64 random words
-    (`metis.rng.random_words` at global coordinates), for "stochastic" only. num_random_bits: 8, 16 or 24 bits of
-    a word, see `round_to_e2m1_stochastic`. four_over_six: try each block also with its maximum at 4 and keep
+    (`metis.rng.random_words` at global coordinates), for "stochastic" only. num_random_bits: 8, 16 or 24 of a
+    word, see `round_to_e2m1_stochastic`. four_over_six: try each block also with its maximum at 4 and keep
     the smaller error, see `_four_over_six`. scale_rounding: "standard", block scales to nearest; "up",
     upwards, so that no element exceeds 6 (by more than fp32 roundings) unless its scale is cut off at 448.
 

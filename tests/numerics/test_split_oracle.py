@@ -356,7 +356,8 @@ def _axes_of(matrix: Tensor) -> tuple[Axis, Axis]:
 
 
 def _words(operand: str, position: NoisePosition, rows: int, cols: int) -> Tensor:
-    return random_words(stream_key(SEED, LAYER, operand), position, torch.arange(rows), torch.arange(cols), 16)
+    key = stream_key(SEED, LAYER, operand)
+    return random_words(key, position, torch.arange(rows), torch.arange(cols), 16)
 
 
 def _uniform(quantizer: QuantizerConfig, **others: CellConfig) -> Recipe:
