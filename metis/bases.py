@@ -177,6 +177,7 @@ class OperandBasis(nn.Module):
             threshold=sampling.hash_threshold(probability),
             num_pinned_rows=self.config.num_pinned_rows,
             num_places=num_places,
+            num_mark_columns=sampling.MARK_COLUMNS,
             first=tokens.shard * x.shape[0],
         )
 

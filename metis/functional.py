@@ -485,10 +485,15 @@ def deliver_weight_grad(weight: Tensor, dw: Tensor) -> Tensor:
 
 
 def as_placeholder(weight: Tensor) -> Tensor:
-    """Mark a gradient as accumulated already and return what stands for it in autograd."""
+    """Mark a gradient as accumulated already and return what stands for it in autograd.
+
+    Not even written where the engine's hook discards it (it has set the mark before); else zeros.
+    """
+    hook_discards_it = hasattr(weight, "grad_added_to_main_grad")
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    # Not written, and dense: autograd would copy an expanded one.
-    return torch.empty_like(weight)
+    if hook_discards_it and not getattr(weight, "zero_out_wgrad", False):
+        return torch.empty_like(weight)  # dense: autograd would copy an expanded one
+    return torch.zeros_like(weight)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

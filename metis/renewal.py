@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metis.config import BasisConfig
 from metis.decompose import basis as algebra
 from metis.decompose.orthonormal import orthonormal_columns
 from metis.decompose.projector import num_chunks_for, tree_sum
@@ -31,8 +32,28 @@ from metis.decompose.sketch import sketch, sketch_in_chunks
 from metis.errors import ConfigError
 from metis.operand import Axis
 
-if TYPE_CHECKING:
-    from metis.bases import OperandBasis
+
+class Renewable(Protocol):
+    """What is read and called of a basis here: `metis.bases.OperandBasis`."""
+
+    operand: str
+    ordered: bool
+    features: Axis
+    config: BasisConfig
+    state: algebra.BasisState
+
+    def take_pending(self) -> Any:
+        """Return this step's rows and sketches, and forget them."""
+        ...
+
+    def take_in(self, *arguments: Any) -> Any:
+        """Add a summed sketch to the accumulator."""
+        ...
+
+    def refresh(self, *arguments: Any, **options: Any) -> Any:
+        """Make the next basis if enough rows have been sketched."""
+        ...
+
 
 MAX_GROUP_NUMEL = 2**24
 """Numbers that are in float64 at once (128 MiB): what a group of bases, or of a weight's rows, may have."""
@@ -60,7 +81,7 @@ class Pending:
 
 
 @torch.no_grad()
-def renew_bases(bases: Iterable[OperandBasis], step: int, token_group: Any = None) -> None:
+def renew_bases(bases: Iterable[Renewable], step: int, token_group: Any = None) -> None:
     """Turn what was put aside in optimizer step `step` into new bases; call it on every rank.
 
     token_group: ranks that saw other tokens of the step.
@@ -89,9 +110,9 @@ def renew_bases(bases: Iterable[OperandBasis], step: int, token_group: Any = Non
             basis.refresh(step)
 
 
-def sketch_pending(work: Sequence[tuple[OperandBasis, Pending]]) -> None:
+def sketch_pending(work: Sequence[tuple[Renewable, Pending]]) -> None:
     """Turn rows put aside into sketches, bases of equal shape together."""
-    groups: dict[tuple[Any, ...], list[tuple[OperandBasis, Pending]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[Renewable, Pending]]] = {}
     for basis, pending in work:
         if pending.rows:
             first, columns = pending.rows[0], basis.state.num_sketch_columns
@@ -105,7 +126,7 @@ def sketch_pending(work: Sequence[tuple[OperandBasis, Pending]]) -> None:
             _sketch_group(group[start : start + size])
 
 
-def _sketch_group(group: Sequence[tuple[OperandBasis, Pending]]) -> None:
+def _sketch_group(group: Sequence[tuple[Renewable, Pending]]) -> None:
     """Sketch the rows of bases of equal shape, and let go of them."""
     basis = group[0][0]
     num_features = basis.features.local_size
@@ -132,7 +153,7 @@ def _sketch_group(group: Sequence[tuple[OperandBasis, Pending]]) -> None:
             pending.sketch = Sketch(before.z + z, before.gram + gram, before.count + count)
 
 
-def _sums(x_GnK: Tensor, v_GKq: Tensor, basis: OperandBasis) -> tuple[Tensor, Tensor]:
+def _sums(x_GnK: Tensor, v_GKq: Tensor, basis: Renewable) -> tuple[Tensor, Tensor]:
     """Return Z and gram of rows by the directions of bases like `basis`, B summed over all features."""
     features, config = basis.features, basis.config
     if config.tp_mode == "fast":
@@ -152,7 +173,7 @@ def _sums(x_GnK: Tensor, v_GKq: Tensor, basis: OperandBasis) -> tuple[Tensor, Te
     return sketch_in_chunks(x_GnK, v_GKq, total // features.num_shards, features.parts, complete)
 
 
-def _sum_over_shards(work: Sequence[tuple[OperandBasis, Pending]]) -> None:
+def _sum_over_shards(work: Sequence[tuple[Renewable, Pending]]) -> None:
     """Add what other ranks of the same microbatch or weight have, one message per set of ranks."""
     by_axis: dict[Axis, list[Sketch]] = {}
     for _, pending in work:
@@ -176,7 +197,7 @@ def _sum_in_one_message(sketches: Sequence[Sketch], total: Callable[[Tensor], Te
 
 
 def _warm_candidates(
-    bases: Sequence[OperandBasis], found: Sequence[Sketch]
+    bases: Sequence[Renewable], found: Sequence[Sketch]
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], list[tuple[list[int], Tensor]]]:
     """Return V [K, q] and energies [q] that every warm basis would have, by number, and which may be used.
 

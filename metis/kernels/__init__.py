@@ -24,7 +24,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "GemmScales": "blockwise",
+    "GemmScales": "arguments",
     "KernelNoise": "arguments",
     "KernelOutput": "arguments",
     "amax": "reduction",
@@ -33,7 +33,7 @@ _HOMES = {
     "dequantize": "decoding",
     "fold": "projection",
     "gemm_scales": "scales",
-    "Thin": "placing",
+    "Thin": "arguments",
     "is_available": "availability",
     "place": "placing",
     "project": "projection",

@@ -95,6 +95,32 @@ class KernelOutput:
         return (0, 0) if self.operand is None else self.operand.stride()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmScales:
+    """What a quantising kernel writes beside its operand: `metis.kernels.gemm_scales` with `other_amax`.
+
+    out: fp32 [2].
+    """
+
+    other_amax: Tensor
+    out: Tensor
+    reciprocal_target: float
+    invertible: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """One factor and its place.
+
+    source: [C, rows, cols] or [rows, cols], fp32 or bf16, any strides; C partial sums, a power of two up to
+    32. out: bf16 [rows, cols], any strides. is_scaled: times the factor of `place`.
+    """
+
+    source: Tensor
+    out: Tensor
+    is_scaled: bool
+
+
 @lru_cache(maxsize=512)
 def indices_of(runs: Runs, device: torch.device) -> Tensor:
     """Return the logical index of every local position: int32 [sum of lengths]."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from metis import formats
 from metis.kernels.arguments import (
+    GemmScales,
     KernelNoise,
     KernelOutput,
     ceil_div,
@@ -79,19 +80,6 @@ class Tile:
     rows: int
     cols: int
     num_warps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GemmScales:
-    """What a quantising kernel writes beside its operand: `metis.kernels.gemm_scales` with `other_amax`.
-
-    out: fp32 [2].
-    """
-
-    other_amax: Tensor
-    out: Tensor
-    reciprocal_target: float
-    invertible: bool
 
 
 def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile:

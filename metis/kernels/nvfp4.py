@@ -7,6 +7,7 @@ from torch import Tensor
 from metis.errors import ConfigError, ShapeError
 from metis.formats import FORMAT_BLOCK_SHAPES
 from metis.kernels.arguments import (
+    GemmScales,
     KernelNoise,
     KernelOutput,
     require_amax,
@@ -14,7 +15,7 @@ from metis.kernels.arguments import (
     require_outputs,
     require_rounding,
 )
-from metis.kernels.blockwise import NVFP4_STANDARD, NVFP4_UP, GemmScales, Tile, launch
+from metis.kernels.blockwise import NVFP4_STANDARD, NVFP4_UP, Tile, launch
 from metis.kernels.four_over_six import launch_four_over_six
 
 SCALE_RULES = {"standard": NVFP4_STANDARD, "up": NVFP4_UP}

@@ -7,32 +7,17 @@ may be turned on the way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels.arguments import ceil_div, is_native
+from metis.kernels.arguments import Thin, ceil_div, is_native
 from metis.kernels.elementary import exact_bf16_bits, round_to_bf16
 from metis.kernels.launching import Key, Launcher, Prepared, layout
 
 _TILE_ROWS, _TILE_COLS, _NUM_WARPS = 32, 64, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Thin:
-    """One factor and its place.
-
-    source: [C, rows, cols] or [rows, cols], fp32 or bf16, any strides; C partial sums, a power of two up to
-    32. out: bf16 [rows, cols], any strides. is_scaled: times the factor of `place`.
-    """
-
-    source: Tensor
-    out: Tensor
-    is_scaled: bool
 
 
 @triton.jit

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metis.decompose.sampling import MARK_COLUMNS
 from metis.errors import ShapeError
 from metis.kernels.arguments import ceil_div, next_power_of_two, require_matrix
 from metis.kernels.elementary import (
@@ -177,9 +176,10 @@ def take_rows(
     threshold: int,
     num_pinned_rows: int,
     num_places: int,
+    num_mark_columns: int,
     first: int = 0,
 ) -> Tensor:
-    """Return the sampled and the pinned rows of x in the first of n places: [n, K + MARK_COLUMNS] in x's
+    """Return the sampled and the pinned rows of x in the first of n places: [n, K + num_mark_columns] in x's
     dtype.
 
     x: [M, K] as for `row_amax`. amax: fp32 [A] and index: int32 [A], of all rows of the microbatch, of which
@@ -195,7 +195,7 @@ def take_rows(
             f"needs an amax and an int32 index of all rows, received {tuple(amax.shape)} maxima, "
             f"{tuple(index.shape)} {index.dtype} for rows {first} to {first + num_rows}",
         )
-    out = torch.zeros(num_places, num_cols + MARK_COLUMNS, dtype=x.dtype, device=x.device)
+    out = torch.zeros(num_places, num_cols + num_mark_columns, dtype=x.dtype, device=x.device)
     words = (*key, position.microbatch, position.step)
     _launch_take_rows(
         (ceil_div(num_rows, _ROWS_PER_PROGRAM), 1),

@@ -109,7 +109,7 @@ def check_choice(
             continue
         actual = take_rows(
             x[start:stop].to(device), amax.to(device), index.int().to(device), key=key,
-            num_places=num_places, first=start, **rest,
+            num_places=num_places, num_mark_columns=MARK_COLUMNS, first=start, **rest,
         )  # fmt: skip
         expected = placed(x[start:stop][mask[start:stop]], num_places)
         ledger.same(f"{name}, {start}:{stop} in {num_places}", actual, expected)
@@ -172,6 +172,7 @@ def compiled_for_steps() -> dict[str, int]:
         take_rows(
             x, row_amax(x), index, key=stream_key(number, "rows"), position=position,
             threshold=hash_threshold((0.0, 0.3, 1.0)[number]), num_pinned_rows=8, num_places=48,
+            num_mark_columns=MARK_COLUMNS,
         )  # fmt: skip
         counts.append(len(compiler.compiled))
     return {"first": counts[0], "later": counts[-1] - counts[0]}

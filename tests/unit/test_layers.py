@@ -8,6 +8,9 @@ another file, or a mistyped option would cost ten seconds.
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +36,7 @@ ROWS = (
     ("metis.fused_products",),
     ("metis.fused_linear",),
     ("metis.reparametrised", "metis.regularize"),
+    ("metis.renewal",),
     ("metis.bases",),
     ("metis.nn",),
     ("metis.diagnostics",),
@@ -202,3 +206,32 @@ def test_the_checker_tells_lazy_imports_from_others():
     source = "import a\ndef f():\n    import b\nif TYPE_CHECKING:\n    import c\nclass D:\n    import d\n"
     assert set(imported_modules(source)) == {"a", "b", "c", "d"}
     assert set(imported_modules(source, top_level_only=True)) == {"a", "d"}
+
+
+WITHOUT_TRITON = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("there is no Triton here")
+
+sys.meta_path.insert(0, Absent())
+import torch
+from metis.nn import MetisLinear
+
+layer = MetisLinear(64, 32, recipe="metis")
+layer(torch.randn(64, 64)).sum().backward()
+layer.after_step()
+import metis.mcore.linear, metis.training.step  # noqa: E401
+assert "triton" not in sys.modules
+"""
+
+
+def test_a_machine_without_triton_trains() -> None:
+    """Kernels are loaded where they run, not where their arguments are named."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
