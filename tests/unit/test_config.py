@@ -528,6 +528,8 @@ def _bytes_kept(layer: MetisLinear, x: Tensor) -> tuple[int, int]:
         saved.append(tensor)
         return tensor
 
+    for basis in layer.core.bases.values():
+        _ = basis.active  # kept by the basis, and made when it is first asked for
     gc.collect()
     before = _storages(_live_tensors())
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -540,8 +542,8 @@ def _bytes_kept(layer: MetisLinear, x: Tensor) -> tuple[int, int]:
 
 
 MAX_PACKED_SHARE = 0.35
-MEASURED_PACKED_SHARE = {"nvfp4": 0.2813, "metis": 0.3125}
-"""Of a bf16 input of 512 features: 4.5 bits of 16; metis: 16 coefficients per token more."""
+MEASURED_PACKED_SHARE = {"nvfp4": 0.2813, "metis": 0.3438}
+"""Of a bf16 input of 512 features: 4.5 bits of 16; metis: 16 coefficients per token and weight row more."""
 
 
 @pytest.mark.parametrize("name", MEASURED_PACKED_SHARE)
