@@ -70,7 +70,7 @@ class WeightCache:
     def get(self, w_NK: Tensor, plan: LinearPlan) -> EncodedWeight:
         """Return the weight as this step's products read it."""
         tensors = (w_NK, plan.v_input, plan.v_weight, plan.v_grad_output)
-        # A basis is a new view each time; its memory tells whether it is another one.
+        # By memory and version: a view of the same basis is the same basis.
         places = tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
         key = (plan.position.step, *places)
         if key != self._key:

@@ -93,7 +93,7 @@ class LinearPlan:
     v_grad_output: active bases (bf16 [features_local, r]) or None. spectral: factors of the adaptive spectral
     learning rate. sketch: takes rows for this step's new bases, when there are any to make. backend: who
     multiplies quantised operands. watch: told about every encoded operand. weights: what is kept of the
-    weight within a step, where kernels compute (`metis.fused_linear.WeightCache`).
+    weight within a step, where kernels compute (`metis.encoded_weight.WeightCache`).
     """
 
     recipe: Recipe
