@@ -119,7 +119,6 @@ def _project_kernel(
 @triton.jit
 def _fold_kernel(
     partials,
-    factor,
     out,
     other_out,
     numel,
@@ -127,13 +126,12 @@ def _fold_kernel(
     out_stride,
     other_stride,
     COUNT: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
     TO_BF16: tl.constexpr,
     HAS_OTHER: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add COUNT partial sums pairwise, neighbours first; times a factor; to one or two places."""
+    """Add COUNT partial sums pairwise, neighbours first; to one or two places."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < numel
     which = tl.arange(0, COUNT).to(tl.int64)
@@ -144,8 +142,6 @@ def _fold_kernel(
             first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
             sums = first + second
     total = tl.reshape(sums, [BLOCK])
-    if HAS_FACTOR:
-        total = total * tl.load(factor)
     row, column = places // num_columns, places % num_columns
     if TO_BF16:
         bits = exact_bf16_bits(round_to_bf16(total, NATIVE))
@@ -291,26 +287,22 @@ def fold(
     partials: Tensor,
     out: Tensor | None = None,
     other_out: Tensor | None = None,
-    factor: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Return the sum over the first axis, neighbours first in a binary tree: [M, r] in `dtype`.
 
-    partials: fp32 [C, M, r], C a power of two up to 32, contiguous. factor: fp32 0-dim, multiplies the sum
-    before it is rounded once. out, other_out: where to write (bf16 [M, r], contiguous along r; the second is
-    a copy); None: a new tensor.
+    partials: fp32 [C, M, r], C a power of two up to 32, contiguous. out, other_out: where to write (bf16 [M,
+    r], contiguous along r; the second is a copy); None: a new tensor.
     """
     if out is None:
         out = torch.empty(*partials.shape[1:], dtype=dtype, device=partials.device)
-    key = (layout(partials), layout(out), layout(other_out), factor is None)
-    ready = _folds.ready(key) or _prepare_fold(key, partials, out, other_out, factor is not None)
-    ready((partials, factor, out, other_out))
+    key = (layout(partials), layout(out), layout(other_out))
+    ready = _folds.ready(key) or _prepare_fold(key, partials, out, other_out)
+    ready((partials, out, other_out))
     return out
 
 
-def _prepare_fold(
-    key: Key, partials: Tensor, out: Tensor, other_out: Tensor | None, has_factor: bool
-) -> Prepared:
+def _prepare_fold(key: Key, partials: Tensor, out: Tensor, other_out: Tensor | None) -> Prepared:
     count, num_rows, num_columns = partials.shape
     if count & (count - 1) or count > 32 or not partials.is_contiguous():
         raise ShapeError("fold", f"needs a power of two of partial sums up to 32, received {count}")
@@ -321,7 +313,7 @@ def _prepare_fold(
     other_stride = 0 if other_out is None else other_out.stride(0)
     return _folds.prepare(
         key, (ceil_div(numel, _FOLD_BLOCK), 1), (numel, num_columns, out.stride(0), other_stride),
-        (count, has_factor, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
+        (count, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
