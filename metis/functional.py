@@ -425,10 +425,15 @@ class _QuantizedLinear(torch.autograd.Function):
         if plan.sketch is not None and not ctx.is_sketched:
             ctx.is_sketched = True  # a graph that is kept may be walked again
             rows = plan.sketch.pick("input", x) if ctx.kept is None else first
-            for operand, picked in (("input", rows), ("grad_output", plan.sketch.pick("grad_output", g_MN))):
-                if picked is not None:
-                    plan.sketch.add(operand, picked)
+            feed_sketch(plan.sketch, rows, g_MN)
         return dx, dw, None, None
+
+
+def feed_sketch(sketch: BasisSketch, input_rows: Tensor | None, g_MN: Tensor) -> None:
+    """Add what the next bases want of one microbatch: rows of the input, picked before, and of g."""
+    for operand, picked in (("input", input_rows), ("grad_output", sketch.pick("grad_output", g_MN))):
+        if picked is not None:
+            sketch.add(operand, picked)
 
 
 class PackedInput:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from metis.config import QuantizerConfig, Recipe
 from metis.encoded_weight import WeightCache
-from metis.functional import LinearPlan, operand_of
+from metis.functional import LinearPlan, feed_sketch, operand_of
 from metis.functional import quantized_linear as reference_linear
 from metis.fused import can_fuse
 from metis.fused_products import SavedInput, backward, forward
@@ -172,9 +172,7 @@ class _FusedLinear(torch.autograd.Function):
             dx = plan.gather.scatter_sum(dx)
         if plan.sketch is not None and not ctx.is_sketched:
             ctx.is_sketched = True  # a graph that is kept may be walked again
-            for operand, picked in (("input", rows), ("grad_output", plan.sketch.pick("grad_output", g))):
-                if picked is not None:
-                    plan.sketch.add(operand, picked)
+            feed_sketch(plan.sketch, rows, g)
         return dx, dw, None, None
 
 
