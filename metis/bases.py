@@ -44,10 +44,6 @@ def _sample_size(config: BasisConfig, rank: int, num_window_tokens: int, num_row
     return probability, -(-places // 16) * 16
 
 
-_MAX_KERNEL_ROWS = 4096
-"""Rows of a microbatch up to which the picking kernel has run on a GPU; more take the definition there."""
-
-
 def picks_by_kernel(x: Tensor) -> bool:
     """Whether rows of x are picked by `metis.kernels.sampling`, which does not wait for their number."""
     return (
@@ -55,7 +51,6 @@ def picks_by_kernel(x: Tensor) -> bool:
         and x.stride(-1) == 1
         and x.numel() > 0
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and (not x.is_cuda or x.shape[0] <= _MAX_KERNEL_ROWS)
         and kernels.is_available(x.device)
     )
 

@@ -31,12 +31,6 @@ MAX_RANK = 128
 _MAX_CHUNKS = 32
 """Partial sums that one program adds, of `metis.kernels.projection.fold`."""
 
-_TILE, _CHUNKS = 64, 8
-"""Rows and features of a tile of the projections, and pieces that a feature axis is cut into there."""
-
-_MIN_RANK = 16
-"""Columns that a tensor core takes at least; fewer are padded, which makes a partial tile."""
-
 _ANY_QUANTIZER = QuantizerConfig()
 _GEMMS = {
     "fprop": ("fprop_input", "fprop_weight"),
@@ -92,41 +86,6 @@ def can_run(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> bool:
         and shards_fit
         and isinstance(plan.backend, EmulatedGemm)
         and can_fuse(x_MK, _ANY_QUANTIZER, plan.backend.kernels)
-        and (not x_MK.is_cuda or _fills_tiles(x_MK, w_NK, plan))
-    )
-
-
-def _fills_tiles(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> bool:
-    """Whether projections and residuals of a pass are made of whole tiles.
-
-    On GPUs those with partial tiles have ended in an illegal memory access whose cause is not known (LOG.md,
-    2026-11-22), so other sizes take the definition there.
-    """
-    basis, gather = plan.recipe.basis, plan.gather
-    split = [
-        (v, axis)
-        for v, axis in (
-            (plan.v_input, plan.in_features),
-            (plan.v_weight, plan.in_features),
-            (plan.v_grad_output, plan.out_features),
-        )
-        if v is not None
-    ]
-    if not split:
-        return True
-    assert basis is not None
-    shards = 1 if gather is None or plan.gathered_operand != "grad_output" else gather.num_shards
-    pieces = max(_CHUNKS, basis.num_canonical_chunks)
-    return (
-        x_MK.shape[0] % (shards * _TILE) == 0  # g has so many rows, or the shard of them
-        and w_NK.shape[0] % _TILE == 0
-        and all(
-            axis.size // axis.parts % (pieces * _TILE) == 0
-            and axis.local_size % (_CHUNKS * _TILE) == 0
-            and v.shape[1] >= _MIN_RANK
-            and v.shape[1].bit_count() == 1
-            for v, axis in split
-        )
     )
 
 

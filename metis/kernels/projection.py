@@ -54,14 +54,16 @@ def _load_operand(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.cons
 
     EVEN: the mask is true everywhere, and is not looked at.
     """
+    if IS_BF16 and NATIVE:  # what is loaded goes to the tensor cores as it lies
+        source = pointer.to(tl.pointer_type(tl.bfloat16))
+    else:
+        source = pointer
     if EVEN:
-        raw = tl.load(pointer + offsets)
+        number = tl.load(source + offsets)
     else:
-        raw = tl.load(pointer + offsets, mask=mask, other=0)
-    if IS_BF16 and NATIVE:
-        number = raw.to(tl.bfloat16, bitcast=True)
-    else:
-        number = _widened(raw, IS_BF16)
+        number = tl.load(source + offsets, mask=mask, other=0)
+    if not (IS_BF16 and NATIVE):
+        number = _widened(number, IS_BF16)
     return number
 
 
@@ -193,22 +195,29 @@ def _residual_kernel(
     if NUM_F > 0:
         f_columns = tl.arange(0, NUM_F)
         total = tl.zeros([BLOCK_R, NUM_F], dtype=tl.float32)
-    # Read one tile ahead: a load takes as long as the work on a tile. A whole row of programs may reach past
-    # the last feature when the chunk does not divide them.
-    inside = (block < chunk) & (first + block < num_features)
-    ahead = tl.load(x + x_offsets, mask=row_mask & inside[None, :], other=0)
+    # A row of programs may reach past the last feature when the chunk does not divide them. Without a second
+    # product the compiler does not read ahead, so one tile is read ahead here.
+    if NUM_F == 0:
+        inside = (block < chunk) & (first + block < num_features)
+        ahead = tl.load(x + x_offsets, mask=row_mask & inside[None, :], other=0)
     for start in range(0, chunk, BLOCK_K):
         inside = (start + block < chunk) & (first + start + block < num_features)
         mask = row_mask & inside[None, :]
-        tile = _widened(ahead, IS_BF16)
-        following = start + BLOCK_K
-        if EVEN:
-            more = tl.zeros([1, 1], dtype=tl.int32) + following < chunk  # a tensor for the interpreter too
+        if NUM_F == 0:
+            tile = _widened(ahead, IS_BF16)
+            following = start + BLOCK_K
+            if EVEN:
+                more = (
+                    tl.zeros([1, 1], dtype=tl.int32) + following < chunk
+                )  # a tensor for the interpreter too
+            else:
+                more = (following + block < chunk) & (first + following + block < num_features)
+                more = row_mask & more[None, :]
+            ahead = tl.load(x + following + x_offsets, mask=more, other=0)
+        elif EVEN:
+            tile = _widened(tl.load(x + start + x_offsets), IS_BF16)
         else:
-            more = (
-                row_mask & ((following + block < chunk) & (first + following + block < num_features))[None, :]
-            )
-        ahead = tl.load(x + following + x_offsets, mask=more, other=0)
+            tile = _widened(tl.load(x + start + x_offsets, mask=mask, other=0), IS_BF16)
         basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
                               block[None, :] * stride_v + columns[:, None],
                               (columns < rank)[:, None] & inside[None, :], True, NATIVE and IS_BF16,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from metis.config import BasisConfig, CellConfig, RankConfig, Recipe, SplitConfig
 from metis.functional import LinearPlan, dgrad, fprop, quantized_linear, wgrad
-from metis.fused_linear import _fills_tiles
 from metis.gemm import EmulatedGemm
 from metis.operand import Axis
 from metis.quantize import QuantizedTensor, gemm_alpha, quantize, random_hadamard
@@ -357,37 +356,3 @@ def test_tensor_parallel_shards_give_the_products_of_one_rank(
         ("y", "dx", "dw"), joined, (whole_y, whole_x.grad, whole_w.grad), strict=True
     ):
         _assert_close(actual, expected.detach(), IDENTITY, name)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "features_in", "features_out", "rank", "chunks", "shards", "fills"),
-    [
-        (128, 512, 1024, 16, 8, 1, True),
-        (128, 512, 1024, 16, 8, 2, True),
-        (128, 512, 1024, 16, 8, 4, False),  # the gradient's shard has 32 rows
-        (96, 512, 1024, 16, 8, 1, False),
-        (128, 768, 1024, 16, 8, 1, False),
-        (128, 512, 768, 16, 8, 1, False),
-        (128, 512, 1024, 48, 8, 1, False),
-        (128, 512, 1024, 8, 8, 1, False),  # padded to 16
-        (128, 512, 1024, 16, 16, 1, False),  # chunks of 32 features
-    ],
-)
-def test_partial_tiles_are_told_from_whole_ones(
-    tokens: int, features_in: int, features_out: int, rank: int, chunks: int, shards: int, fills: bool
-):
-    """What decides whether a GPU uses kernels that have only run on whole tiles there."""
-    x, w = torch.empty(tokens, features_in), torch.empty(features_out, features_in)
-    plan = replace(
-        _plan(replace(METIS, basis=BasisConfig(num_canonical_chunks=chunks))),
-        in_features=Axis.whole(features_in),
-        out_features=Axis.whole(features_out),
-        v_input=torch.empty(features_in, rank),
-        v_weight=torch.empty(features_in, rank),
-        v_grad_output=torch.empty(features_out, rank),
-        gather=None if shards == 1 else Axis(size=tokens, runs=((0, tokens // shards),), num_shards=shards),
-        gathered_operand="" if shards == 1 else "grad_output",
-    )
-    assert _fills_tiles(x, w, plan) == fills
-    bare = replace(plan, v_input=None, v_weight=None, v_grad_output=None)
-    assert _fills_tiles(x[:48], w, bare), "nothing is projected"
