@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -60,15 +60,33 @@ class NoisePosition:
 
     step: optimizer step, from 0.
     microbatch: first consumed sample // micro_batch_size, the same on every data-parallel layout.
+    words: the same two for kernels, which read them from memory, so that a captured CUDA graph can be
+    replayed at another position: int32 [2] = (microbatch, step) as 32-bit patterns, on the device where they
+    run. Who gives them keeps them current. None: kernels are given numbers of their own, made from the ints.
+
+    Positions are equal when step and microbatch are. A pickled or copied one has no words: they belong to one
+    process and to whoever writes them.
     """
 
     step: int
     microbatch: int
+    words: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value in (("step", self.step), ("microbatch", self.microbatch)):
             if not 0 <= value <= _MASK_32:
                 raise ConfigError("NoisePosition", f"{name} must lie in [0, 2^32), received {value}")
+        words = self.words
+        if words is not None and (
+            words.dtype != torch.int32 or words.shape != (2,) or words.stride() != (1,)
+        ):
+            raise ShapeError(
+                "NoisePosition words",
+                f"must be int32 [2], contiguous, received {words.dtype} {tuple(words.shape)}",
+            )
+
+    def __reduce__(self) -> tuple[type[NoisePosition], tuple[int, int]]:
+        return type(self), (self.step, self.microbatch)
 
 
 @lru_cache(maxsize=65536)

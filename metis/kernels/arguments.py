@@ -2,7 +2,8 @@
 
 One idea: a launch receives tensors and plain 32-bit numbers only. Anything that changes from step to step
 (keys, step, microbatch, row indices) is excluded from specialisation or sits in memory, so that no training
-step compiles anything.
+step compiles anything. Step and microbatch sit in memory, so that a captured launch can be replayed at
+others.
 
 Shape letters: R rows, C columns of the piece held here.
 """
@@ -65,10 +66,10 @@ class KernelNoise:
         """Whether the features that share a Philox call always lie side by side, which is much cheaper."""
         return _are_aligned(self.features, _BITS_PER_CALL // WORD_BITS_FOR[num_random_bits])
 
-    def counter_words(self) -> tuple[int, int, int, int]:
-        """Return key and counter words as the signed 32-bit ints that a launch passes."""
-        words = (*self.key, self.position.microbatch, self.position.step)
-        return tuple(word - 2**32 if word >= 2**31 else word for word in words)
+    def counter_words(self, device: torch.device) -> tuple[tuple[int, int], Tensor]:
+        """Return the key words as the signed 32-bit ints that a launch passes, and the position's tensor."""
+        key_0, key_1 = self.key
+        return (as_signed(key_0), as_signed(key_1)), position_words(self.position, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +127,33 @@ def indices_of(runs: Runs, device: torch.device) -> Tensor:
     """Return the logical index of every local position: int32 [sum of lengths]."""
     pieces = [torch.arange(first, first + length, dtype=torch.int32, device=device) for first, length in runs]
     return torch.cat(pieces)
+
+
+def as_signed(word: int) -> int:
+    """Return a number in [0, 2^32) as the signed int of the same 32 bits."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def position_words(position: NoisePosition, device: torch.device) -> Tensor:
+    """Return the words of a position where kernels on `device` read them: int32 [2] = (microbatch, step).
+
+    A position without words of its own gets a copy that stays what it is. Raises ConfigError when it has
+    words on another device.
+    """
+    words = position.words
+    if words is None:
+        return _fixed_position_words(position.microbatch, position.step, device)
+    if words.device != device:
+        raise ConfigError(
+            "NoisePosition words", f"must lie where the kernel runs, on {device}, received {words.device}"
+        )
+    return words
+
+
+@lru_cache(maxsize=256)
+def _fixed_position_words(microbatch: int, step: int, device: torch.device) -> Tensor:
+    # A copy from the host: inside a capture that is an error, and not a number that every replay repeats.
+    return torch.tensor([as_signed(microbatch), as_signed(step)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)

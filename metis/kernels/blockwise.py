@@ -70,7 +70,7 @@ _MXFP4_STANDARD = tl.constexpr(MXFP4_STANDARD)
 _MXFP4_EVEN = tl.constexpr(MXFP4_EVEN)
 _MXFP4_UP = tl.constexpr(MXFP4_UP)
 
-_STEP_DEPENDENT = ("key_0", "key_1", "microbatch", "step")
+_STEP_DEPENDENT = ("key_0", "key_1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +186,7 @@ def encode_tile(
     amax,
     tokens,
     features,
+    position,
     packed,
     scale_bytes,
     operand,
@@ -197,8 +198,6 @@ def encode_tile(
     operand_stride_c,
     key_0,
     key_1,
-    microbatch,
-    step,
     SCALE_RULE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -221,7 +220,7 @@ def encode_tile(
     random = 0
     if NUM_RANDOM_BITS > 0:
         random = random_integers(tokens, features, row_start, col_start, num_rows, num_cols, key_0, key_1,
-                                 microbatch, step, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, TILE_R,
+                                 position, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, TILE_R,
                                  TILE_C)  # fmt: skip
     y = times_blocks(tile, encode, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
     value, code = round_to_e2m1(y, random, NUM_RANDOM_BITS, NATIVE)
@@ -231,7 +230,7 @@ def encode_tile(
                   TILE_R, TILE_C)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_STEP_DEPENDENT)
+@triton.jit(do_not_specialize=_STEP_DEPENDENT, do_not_specialize_on_alignment=("position",))
 def _quantize_kernel(
     x,
     amax,
@@ -243,6 +242,7 @@ def _quantize_kernel(
     operand,
     other_amax,
     alpha,
+    position,
     num_rows,
     num_cols,
     stride_r,
@@ -253,8 +253,6 @@ def _quantize_kernel(
     reciprocal,
     key_0,
     key_1,
-    microbatch,
-    step,
     IS_BF16: tl.constexpr,
     SCALE_RULE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -280,10 +278,10 @@ def _quantize_kernel(
     col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
                      IS_BF16, ROTATION, NATIVE, NARROW, TILE_R, TILE_C)  # fmt: skip
-    encode_tile(tile, amax, tokens, features, packed, scale_bytes, operand, row_start, col_start, num_rows,
-                num_cols, operand_stride_r, operand_stride_c, key_0, key_1, microbatch, step, SCALE_RULE,
-                BLOCK_R, BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, NARROW,
-                WANT_PACKED, WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
+    encode_tile(tile, amax, tokens, features, position, packed, scale_bytes, operand, row_start, col_start,
+                num_rows, num_cols, operand_stride_r, operand_stride_c, key_0, key_1, SCALE_RULE, BLOCK_R,
+                BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, NARROW, WANT_PACKED,
+                WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
 
 
 @triton.jit
@@ -395,9 +393,9 @@ def launch(
         )  # fmt: skip
     output = empty_output(x, block_shape, want_packed, want_operand, operand_out)
     other = (None, None) if gemm_scales is None else (gemm_scales.other_amax, gemm_scales.out)
+    key_words, position = ((0, 0), None) if noise is None else noise.counter_words(x.device)
     ready(
-        (x, amax, *ready.kept, output.packed, output.scale_bytes, output.operand, *other),
-        (0, 0, 0, 0) if noise is None else noise.counter_words(),
+        (x, amax, *ready.kept, output.packed, output.scale_bytes, output.operand, *other, position), key_words
     )
     return output
 

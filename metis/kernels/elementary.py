@@ -225,6 +225,13 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def load_position(position):
+    """Return the words (microbatch, step) of a position, uint32."""
+    microbatch, step = tl.load(position), tl.load(position + 1)
+    return microbatch.to(tl.uint32, bitcast=True), step.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def random_integers(
     tokens,
     features,
@@ -234,8 +241,7 @@ def random_integers(
     num_cols,
     key_0,
     key_1,
-    microbatch,
-    step,
+    position,
     NUM_RANDOM_BITS: tl.constexpr,
     TOKENS_ARE_COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -245,13 +251,13 @@ def random_integers(
     """Return random integers of a tile, int32 [TILE_R, TILE_C] in [0, 2^b), of `metis.rng.random_words`.
 
     tokens, features: int32 logical index of every local row and column (columns and rows when
-    TOKENS_ARE_COLS). ALIGNED: features that share a call lie side by side, and it gives all of them.
-    b = 24: the top bits of a 32-bit word, four to a call; b = 16: eight to a call, b = 8: sixteen.
+    TOKENS_ARE_COLS). position: int32 [2], see `load_position`. ALIGNED: features that share a call lie side
+    by side, and it gives all of them. b = 24: the top bits of a 32-bit word, four to a call; b = 16: eight to
+    a call, b = 8: sixteen.
     """
     k0 = key_0.to(tl.uint32, bitcast=True)
     k1 = key_1.to(tl.uint32, bitcast=True)
-    c2 = microbatch.to(tl.uint32, bitcast=True)
-    c3 = step.to(tl.uint32, bitcast=True)
+    c2, c3 = load_position(position)
     WIDTH: tl.constexpr = 32 if NUM_RANDOM_BITS == 24 else NUM_RANDOM_BITS
     PER_CALL: tl.constexpr = 128 // WIDTH
     # Tokens run down the tile whatever its orientation, so that a thread draws the words of its own elements.

@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels.arguments import ceil_div, next_power_of_two, require_matrix
+from metis.kernels.arguments import as_signed, ceil_div, next_power_of_two, position_words, require_matrix
 from metis.kernels.elementary import (
     EXPONENT_BITS,
     MAGNITUDE_BITS,
     QUIET_NAN_BITS,
     as_int_pointer,
     load_float32,
+    load_position,
     magnitude_bits,
     philox4x32,
 )
@@ -87,12 +88,16 @@ def _are_chosen(amax, index, rows, mask, cut, threshold, k0, k1, c2, c3):
     return (chosen & mask).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=("threshold_high", "threshold_low", "key_0", "key_1", "microbatch", "step"))
+@triton.jit(
+    do_not_specialize=("threshold_high", "threshold_low", "key_0", "key_1"),
+    do_not_specialize_on_alignment=("position",),
+)
 def _take_rows_kernel(
     x,
     amax,
     index,
     out,
+    position,
     first,
     num_rows,
     num_all,
@@ -104,8 +109,6 @@ def _take_rows_kernel(
     threshold_low,
     key_0,
     key_1,
-    microbatch,
-    step,
     IS_BF16: tl.constexpr,
     NUM_PINNED: tl.constexpr,
     TILE: tl.constexpr,
@@ -114,8 +117,7 @@ def _take_rows_kernel(
 ):
     k0 = key_0.to(tl.uint32, bitcast=True)
     k1 = key_1.to(tl.uint32, bitcast=True)
-    c2 = microbatch.to(tl.uint32, bitcast=True)
-    c3 = step.to(tl.uint32, bitcast=True)
+    c2, c3 = load_position(position)
     threshold = (threshold_high.to(tl.int64) << 16) + threshold_low
     # The key of the last pinned row: each round finds the largest key below the one before.
     cut = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
@@ -196,13 +198,13 @@ def take_rows(
             f"{tuple(index.shape)} {index.dtype} for rows {first} to {first + num_rows}",
         )
     out = torch.zeros(num_places, num_cols + num_mark_columns, dtype=x.dtype, device=x.device)
-    words = (*key, position.microbatch, position.step)
     _launch_take_rows(
         (ceil_div(num_rows, _ROWS_PER_PROGRAM), 1),
-        (x, amax, index, out, first, num_rows, num_all, num_cols, x.stride(0), out.stride(0), num_places),
+        (x, amax, index, out, position_words(position, x.device), first, num_rows, num_all, num_cols,
+         x.stride(0), out.stride(0), num_places),
         (x.dtype == torch.bfloat16, num_pinned_rows, min(_MAX_TILE, next_power_of_two(num_all)),
          _ROWS_PER_PROGRAM, _COPY_COLUMNS),
-        (threshold >> 16, threshold & 0xFFFF, *(w - 2**32 if w >= 2**31 else w for w in words)),
+        (threshold >> 16, threshold & 0xFFFF, as_signed(key[0]), as_signed(key[1])),
         num_warps=_WARPS,
     )  # fmt: skip
     return out

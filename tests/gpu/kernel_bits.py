@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from metis import kernels
 from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
+from metis.kernels.sampling import row_amax, take_rows
 from metis.quantize import (
     QuantizedTensor,
     quantize,
@@ -35,7 +36,7 @@ from metis.quantize import (
     seeded_sign_vector,
     tensor_amax,
 )
-from metis.rng import WORD_BITS_FOR, NoisePosition, random_words, stream_key
+from metis.rng import WORD_BITS_FOR, NoisePosition, random_words, stream_key, uniform_hash
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEY = stream_key(7, "decoder.layers.3.mlp.linear_fc1", "wgrad_grad_output")
@@ -318,6 +319,35 @@ def check_shards(ledger: Ledger) -> None:
     )  # fmt: skip
 
 
+def check_positions(ledger: Ledger) -> None:
+    """Step and microbatch come from memory: a launch reads what is there, whatever the ints say."""
+    x = next(inputs(32, 64))[1]
+    token, feature = torch.arange(32), torch.arange(64)
+    amax = tensor_amax(x)
+    words = ledger.put(torch.zeros(3, dtype=torch.int32))[1:]
+    held = NoisePosition(step=9, microbatch=9, words=words)
+    noise = kernels.KernelNoise(key=KEY, position=held, tokens=((0, 32),), features=((0, 64),))
+    index = token.to(torch.int32)
+    for position in (POSITION, NoisePosition(step=3, microbatch=2**31), NoisePosition(step=0, microbatch=0)):
+        words.copy_(torch.tensor([position.microbatch, position.step]).to(torch.uint32).view(torch.int32))
+        expected = random_words(KEY, position, token, feature, 16)
+        ledger.output(
+            f"quantised at {position}",
+            kernels.quantize_nvfp4(
+                ledger.put(x), ledger.put(amax), rounding="stochastic", noise=noise, want_packed=True
+            ),
+            quantize(x, block_shape=(1, 16), rounding="stochastic", noise_words=expected),
+        )
+        rows = ledger.put(x)
+        taken = take_rows(
+            rows, row_amax(rows), ledger.put(index), key=KEY, position=held, threshold=2**31,
+            num_pinned_rows=0, num_places=32, num_mark_columns=16,
+        )  # fmt: skip
+        chosen = x[uniform_hash(KEY, position, token) < 2**31]
+        ledger.same(f"rows at {position}", taken[: len(chosen), :64], chosen)
+        ledger.same(f"number of rows at {position}", taken[:, 64].sum(), torch.tensor(float(len(chosen))))
+
+
 def check_rotation(ledger: Ledger) -> None:
     """Rotation alone, its amax, and fused with quantising (nearest and stochastic), all sizes."""
     for size in (16, 32, 64, 128):
@@ -460,6 +490,7 @@ GROUPS: dict[str, Callable[[Ledger], None]] = {
     "stochastic": check_stochastic,
     "memory orders": check_memory_orders,
     "shards": check_shards,
+    "positions": check_positions,
     "rotation": check_rotation,
     "amax both": check_amax_both,
     "decoding": check_decoding,

@@ -67,10 +67,12 @@ class Compiler:
         JITFunction.run = run
 
 
-def noise(step: int = 5, first: int = 0, tokens_are_cols: bool = False) -> kernels.KernelNoise:
+def noise(
+    step: int = 5, first: int = 0, tokens_are_cols: bool = False, words: torch.Tensor | None = None
+) -> kernels.KernelNoise:
     """Return the noise of a [256, 512] matrix, or of its transpose."""
     return kernels.KernelNoise(
-        key=stream_key(step, "layer"), position=NoisePosition(step, step + 1), tokens=((0, ROWS),),
+        key=stream_key(step, "layer"), position=NoisePosition(step, step + 1, words), tokens=((0, ROWS),),
         features=((first, COLS),), tokens_are_cols=tokens_are_cols,
     )  # fmt: skip
 
@@ -129,8 +131,13 @@ def main() -> int:
         print(f"{name}: {len(ptx.splitlines())} lines of PTX, {found[name] or 'nothing forbidden'}")
     before = len(compiler.compiled)
     x, amax = torch.zeros(ROWS, COLS), torch.tensor(1.0)
-    for step in STEPS:
-        kernels.quantize_nvfp4(x, amax, rounding="stochastic", noise=noise(step), want_packed=True)
+    words = torch.zeros(9, dtype=torch.int32)
+    for place, step in enumerate(STEPS):
+        # Without words, and with words at every alignment.
+        for own in (None, words[place : place + 2]):
+            kernels.quantize_nvfp4(
+                x, amax, rounding="stochastic", noise=noise(step, words=own), want_packed=True
+            )
     result = {
         "triton": triton.__version__, "found": found, "compiled_for_steps": len(compiler.compiled) - before,
     }  # fmt: skip

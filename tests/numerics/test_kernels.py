@@ -35,6 +35,7 @@ MINIMAL_CHECKS = {
     "stochastic": 300,
     "memory orders": 100,
     "shards": 16,
+    "positions": 15,
     "rotation": 250,
     "amax both": 60,
     "decoding": 30,
@@ -161,6 +162,16 @@ def test_runs_that_cannot_be_indices_are_refused():
         noise(((-1, 4),), ((0, 4),))
     with pytest.raises(ShapeError, match="runs need"):
         noise(((0, 4),), ((2**31 - 2, 4),))
+
+
+def test_words_on_another_device_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    elsewhere = torch.zeros(2, dtype=torch.int32, device="meta")
+    foreign = kernels.KernelNoise(
+        key=(1, 2), position=NoisePosition(0, 0, elsewhere), tokens=((0, 16),), features=((0, 16),)
+    )
+    with pytest.raises(ConfigError, match="on cpu, received meta"):
+        foreign.counter_words(torch.device("cpu"))
 
 
 def test_bytes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):

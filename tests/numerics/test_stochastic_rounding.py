@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -237,6 +239,17 @@ def test_codes_and_values_are_inverse_and_the_sign_is_strictly_negative():
         round_to_e2m1_stochastic(torch.tensor([-0.0, -1e-45, -0.2, 0.2]), torch.zeros(4, dtype=torch.int64)),
     ):
         assert values_to_codes(rounded).tolist() == [0, 8, 8, 0]
+
+
+def test_words_of_a_position_are_no_part_of_what_it_is():
+    plain = NoisePosition(step=3, microbatch=2**32 - 1)
+    held = NoisePosition(step=3, microbatch=2**32 - 1, words=torch.tensor([-1, 3], dtype=torch.int32))
+    assert held == plain and hash(held) == hash(plain) and repr(held) == repr(plain)
+    for copied in (pickle.loads(pickle.dumps(held)), copy.deepcopy(held), copy.copy(held)):
+        assert copied == held and copied.words is None
+    for wrong in (torch.zeros(2), torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)[::2]):
+        with pytest.raises(ShapeError, match=r"must be int32 \[2\]"):
+            NoisePosition(0, 0, wrong)
 
 
 def test_words_of_a_wrong_kind_are_refused():
