@@ -42,8 +42,13 @@ MAX_RANK = 128
 Shape = tuple[int, int, int, int, int | None]
 """Rows and features of a tile, warps, stages of the software pipeline, largest number of registers."""
 
-_PROJECT_SHAPE: Shape = (64, 64, 4, 4, None)
+_PROJECT_SHAPE: Shape = (64, 64, 4, 3, None)
 _RESIDUAL_SHAPE: Shape = (64, 64, 4, 3, None)
+_RESIDUAL_AND_PRODUCT_SHAPE: Shape = (128, 64, 4, 3, None)
+_WIDE_RESIDUAL_AND_PRODUCT_SHAPE: Shape = (64, 64, 4, 4, None)
+"""Where r and q together exceed 128, which would take more registers than there are."""
+
+_MAX_RESIDUAL_CHUNKS = 8
 _MIN_DOT = 16
 _FOLD_BLOCK = 1024
 
@@ -170,22 +175,25 @@ def _residual_kernel(
     stride_f,
     rank,
     num_f,
-    chunk,
     IS_BF16: tl.constexpr,
     NATIVE: tl.constexpr,
     EVEN: tl.constexpr,
     RANK: tl.constexpr,
     NUM_F: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
     row_start = tl.program_id(0) * BLOCK_R
     row_mask = (row_start + rows < num_rows)[:, None]
-    first = tl.program_id(1) * chunk
+    # Whole tiles, as evenly over the programs as they go.
+    num_tiles = tl.cdiv(num_features, BLOCK_K)
+    begin = (tl.program_id(1) * num_tiles // NUM_CHUNKS) * BLOCK_K
+    end = ((tl.program_id(1) + 1) * num_tiles // NUM_CHUNKS) * BLOCK_K
     # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
-    x += row_start.to(tl.int64) * stride_r + first
-    residual += row_start.to(tl.int64) * num_features + first
+    x += row_start.to(tl.int64) * stride_r
+    residual += row_start.to(tl.int64) * num_features
     x_offsets = rows[:, None] * stride_r + block[None, :]
     out_offsets = rows[:, None] * num_features + block[None, :]
     coefficients = _load_operand(p + row_start.to(tl.int64) * rank, rows[:, None] * rank + columns[None, :],
@@ -195,30 +203,27 @@ def _residual_kernel(
     if NUM_F > 0:
         f_columns = tl.arange(0, NUM_F)
         total = tl.zeros([BLOCK_R, NUM_F], dtype=tl.float32)
-    # A row of programs may reach past the last feature when the chunk does not divide them. Without a second
-    # product the compiler does not read ahead, so one tile is read ahead here.
+    # Without a second product the compiler does not read ahead, so one tile is read ahead here.
     if NUM_F == 0:
-        inside = (block < chunk) & (first + block < num_features)
-        ahead = tl.load(x + x_offsets, mask=row_mask & inside[None, :], other=0)
-    for start in range(0, chunk, BLOCK_K):
-        inside = (start + block < chunk) & (first + start + block < num_features)
+        inside = begin + block < num_features
+        ahead = tl.load(x + begin + x_offsets, mask=row_mask & inside[None, :], other=0)
+    for number in range((end - begin) // BLOCK_K):
+        start = begin + number * BLOCK_K
+        inside = start + block < num_features
         mask = row_mask & inside[None, :]
         if NUM_F == 0:
             tile = _widened(ahead, IS_BF16)
             following = start + BLOCK_K
             if EVEN:
-                more = (
-                    tl.zeros([1, 1], dtype=tl.int32) + following < chunk
-                )  # a tensor for the interpreter too
+                more = tl.zeros([1, 1], dtype=tl.int32) + following < end  # the interpreter wants a tensor
             else:
-                more = (following + block < chunk) & (first + following + block < num_features)
-                more = row_mask & more[None, :]
+                more = row_mask & (following + block < tl.minimum(end, num_features))[None, :]
             ahead = tl.load(x + following + x_offsets, mask=more, other=0)
         elif EVEN:
             tile = _widened(tl.load(x + start + x_offsets), IS_BF16)
         else:
             tile = _widened(tl.load(x + start + x_offsets, mask=mask, other=0), IS_BF16)
-        basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
+        basis = _load_operand(v + start.to(tl.int64) * stride_v,
                               block[None, :] * stride_v + columns[:, None],
                               (columns < rank)[:, None] & inside[None, :], True, NATIVE and IS_BF16,
                               EVEN)  # fmt: skip
@@ -235,7 +240,7 @@ def _residual_kernel(
         groups = tl.reshape(magnitude_bits(left), [BLOCK_R, BLOCK_K // 8, 8])
         largest = tl.maximum(largest, tl.max(groups, axis=1))
         if NUM_F > 0:
-            factor = _load_operand(f + (first + start).to(tl.int64) * stride_f,
+            factor = _load_operand(f + start.to(tl.int64) * stride_f,
                                    block[:, None] * stride_f + f_columns[None, :],
                                    inside[:, None] & (f_columns < num_f)[None, :], True, NATIVE and IS_BF16,
                                    EVEN)  # fmt: skip
@@ -333,7 +338,7 @@ def residual(
     v: Tensor,
     amax: Tensor,
     factor: Tensor | None = None,
-    shape: Shape = _RESIDUAL_SHAPE,
+    shape: Shape | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return R = c(x - p v^T) and, with a factor F, the partial sums of R F.
 
@@ -342,6 +347,8 @@ def residual(
     product p v^T is summed in fp32 in ascending order of r; R is rounded once. Partial sums: fp32 [C, M, q]
     for `fold`.
     """
+    if shape is None:
+        shape = _residual_shape(v, factor)
     key = (layout(x), layout(p), layout(v), layout(factor), shape)
     num_chunks = _num_residual_chunks(x.shape[1], shape)
     ready = _residuals.ready(key) or _prepare_residual(key, x, p, v, factor, shape)
@@ -354,8 +361,15 @@ def residual(
     return out, partials
 
 
+def _residual_shape(v: Tensor, factor: Tensor | None) -> Shape:
+    if factor is None:
+        return _RESIDUAL_SHAPE
+    is_narrow = v.shape[1] + factor.shape[1] <= 128
+    return _RESIDUAL_AND_PRODUCT_SHAPE if is_narrow else _WIDE_RESIDUAL_AND_PRODUCT_SHAPE
+
+
 def _num_residual_chunks(num_features: int, shape: Shape) -> int:
-    return 8 if num_features >= 8 * shape[1] else 1
+    return _MAX_RESIDUAL_CHUNKS if num_features >= _MAX_RESIDUAL_CHUNKS * shape[1] else 1
 
 
 def _prepare_residual(
@@ -373,15 +387,14 @@ def _prepare_residual(
     rank, num_f = v.shape[1], 0 if factor is None else factor.shape[1]
     block_rows, block_features, num_warps, num_stages, maxnreg = shape
     num_chunks = _num_residual_chunks(num_features, shape)
-    chunk = ceil_div(ceil_div(num_features, num_chunks), block_features) * block_features
-    is_even = num_rows % block_rows == 0 and chunk * num_chunks == num_features
+    is_even = num_rows % block_rows == 0 and num_features % block_features == 0
     is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
     stride_f = 0 if factor is None else factor.stride(0)
     return _residuals.prepare(
         key, (ceil_div(num_rows, block_rows), num_chunks),
-        (num_rows, num_features, x.stride(0), v.stride(0), stride_f, rank, num_f, chunk),
-        (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), block_rows,
-         block_features),
+        (num_rows, num_features, x.stride(0), v.stride(0), stride_f, rank, num_f),
+        (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), num_chunks,
+         block_rows, block_features),
         num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
     )  # fmt: skip
 
