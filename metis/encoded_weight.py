@@ -1,64 +1,176 @@
 """What a linear's products read of its weight, made once per optimizer step.
 
 One idea: the weight does not change between optimizer steps, so its split, its codes and the thin products
-with the bases in use are made by the first microbatch and read by all others, in forward and in backward. The
-buffers are as wide as the products want them; each product fills in what depends on its own alpha.
+with the bases in use are made by the first microbatch and read by all others, in forward and in backward.
 
-Trap: an engine may write parameters through another tensor, which no version counter sees; the training loop
-therefore clears the cache after every optimizer step.
+Two ways to keep the codes, with the same products, bit for bit:
+
+    "operand"   decoded, in buffers as wide as the products want them: 2 bytes per weight
+    "codes"     4-bit codes and block scales (NVFP4: 0.5625 bytes per weight in blocks of 16, 0.504 in tiles);
+                each product decodes them into a buffer of its own, which goes when the product is formed
+
+Where both products read the same tiles one copy serves both. A buffer has the same strides either way, so
+that the library that multiplies is asked the same. Each product fills in what depends on its own alpha.
+
+Traps:
+* An engine may write parameters through another tensor, which no version counter sees; the training loop
+  therefore clears the cache after every optimizer step.
+* Only `WeightCache.get` looks at anything but tensors on the device; encoding and decoding launch the same
+  kernels on the same places every time, and the host reads nothing back.
 
 Shape letters: K in_features, N out_features, r_x, r_w, r_g ranks of the bases of x, w and g.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metis.config import QuantizerConfig
+from metis.errors import ConfigError
 from metis.functional import LinearPlan
-from metis.fused_operand import amaxes, basis_of, place_all, quantize_into, split, wide, width_of
+from metis.fused_operand import (
+    amaxes,
+    basis_of,
+    decode_into,
+    place_all,
+    quantize_into,
+    quantize_to_bytes,
+    split,
+    wide,
+    width_of,
+)
 from metis.gemm import scaled_product
 from metis.kernels import Thin
 
+KEEP = ("operand", "codes")
+"""What a `WeightCache` can hold."""
+
+_CELLS = ("fprop_weight", "dgrad_weight")
+_COLUMNS, _ROWS = 1, 0
+
+_Quantizers = tuple[QuantizerConfig | None, QuantizerConfig | None]
+_Pair = tuple[Tensor | None, Tensor | None]
+"""Of fprop's side and dgrad's."""
+
 
 @dataclass(frozen=True, slots=True)
-class EncodedSide:
-    """The weight as one product reads it, in a buffer whose further columns (or rows) hold thin factors.
+class _Layout:
+    """How a buffer is divided along `axis`: the weight, room for a factor that carries 1 / alpha, the head.
 
-    amax: of what was quantised, None where nothing is scaled by it.
+    sizes: of the three, along `axis`; other: of the other axis. row_stride: numbers from one row to the next.
     """
 
-    buffer: Tensor
+    axis: int
+    sizes: tuple[int, int, int]
+    other: int
+    row_stride: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the buffer."""
+        total = sum(self.sizes)
+        return (self.other, total) if self.axis == _COLUMNS else (total, self.other)
+
+    def new_buffer(self, like: Tensor) -> Tensor:
+        """Return an uninitialised buffer."""
+        rows, cols = self.shape
+        return wide(like, rows, self.row_stride)[:, :cols]
+
+    def cut_from(self, whole: Tensor) -> Tensor:
+        """Return the buffer as a view of one with the same or more rows and columns."""
+        rows, cols = self.shape
+        return whole[:rows, :cols]
+
+    def weight_in(self, buffer: Tensor) -> Tensor:
+        """Return the place of the weight, [N, K]; a view."""
+        return buffer.narrow(self.axis, 0, self.sizes[0])
+
+    def scaled_in(self, buffer: Tensor) -> Tensor:
+        """Return the place of the factor that carries 1 / alpha; a view."""
+        return buffer.narrow(self.axis, self.sizes[0], self.sizes[1])
+
+    def head_in(self, buffer: Tensor) -> Tensor:
+        """Return the place of the head; a view."""
+        return buffer.narrow(self.axis, self.sizes[0] + self.sizes[1], self.sizes[2])
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """Packed codes and scale bytes of the weight, or of its transpose [K, N]."""
+
+    packed: Tensor
+    scale_bytes: Tensor
+    quantizer: QuantizerConfig
+    is_transposed: bool
+
+    def decode(self, place: Tensor) -> None:
+        """Write the operand into `place` [N, K]."""
+        turned = place.t() if self.is_transposed else place
+        decode_into(turned, self.packed, self.scale_bytes, self.quantizer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedSide:
+    """The weight as one product reads it: [N, K + r_x + r_w] for fprop, [N + r_g + r_w, K] for dgrad.
+
+    kept: that buffer, complete but for the columns or rows of `scaled`, or the codes that it is made from.
+    scaled: the factor that goes in times 1 / alpha, fp32, w V_x [N, r_x] or V_g^T w [r_g, K]. head: the one
+    that goes in as it is, bf16, U [N, r_w] or V_w^T [r_w, K]. amax: of what was quantised, None where nothing
+    is scaled by it.
+    """
+
+    layout: _Layout
+    kept: Tensor | _Codes
+    scaled: Tensor | None
+    head: Tensor | None
     amax: Tensor | None
+
+    def open(self) -> tuple[Tensor, list[Thin]]:
+        """Return the buffer of one product and what has to be placed there before it is multiplied."""
+        layout, factors = self.layout, []
+        if isinstance(self.kept, Tensor):
+            buffer = self.kept
+        else:
+            buffer = layout.new_buffer(self.kept.packed)
+            self.kept.decode(layout.weight_in(buffer))
+            if self.head is not None:
+                factors.append(Thin(self.head, layout.head_in(buffer), False))
+        if self.scaled is not None:
+            factors.append(Thin(self.scaled, layout.scaled_in(buffer), True))
+        return buffer, factors
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedWeight:
     """What a linear's products read of its weight in one optimizer step.
 
-    fprop: [N, K + r_x + r_w]; dgrad: [N + r_g + r_w, K]; one buffer where both cells quantise alike in tiles.
-    t_input = w V_x, fp32 [N, r_x]; t_grad = V_g^T w, fp32 [r_g, K]. u = P of the weight, [N, r_w].
+    fprop, dgrad: None where the cell does not quantise: that product reads the weight itself. u = P of the
+    weight, [N, r_w].
     """
 
-    fprop: EncodedSide
-    dgrad: EncodedSide
-    t_input: Tensor | None
-    t_grad: Tensor | None
-    u: Tensor | None
+    fprop: EncodedSide | None = None
+    dgrad: EncodedSide | None = None
+    u: Tensor | None = None
 
 
 class WeightCache:
     """Keeps the encoded weight of the running step; `clear` whenever the weight may have changed.
 
-    The training loop clears it after the optimizer step (`advance_bases`). Another tensor in the weight's
-    place and an in-place change that torch counts (an optimizer's, a `load_state_dict`) are noticed without
-    that, and so are another step and other bases. A copied or unpickled cache is empty.
+    keep: "operand" or "codes", see above. The training loop clears it after the optimizer step
+    (`advance_bases`). Another tensor in the weight's place and an in-place change that torch counts (an
+    optimizer's, a `load_state_dict`) are noticed without that, and so are another step and other bases. A
+    copied or unpickled cache is empty. Raises ConfigError for another `keep`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: str = "operand") -> None:
+        if keep not in KEEP:
+            raise ConfigError("weight cache", f"must keep one of {KEEP}, received {keep!r}")
+        self.keep = keep
         self._key: tuple[Any, ...] | None = None
         self._held: tuple[Tensor | None, ...] = ()
         self._encoded: EncodedWeight | None = None
@@ -75,7 +187,7 @@ class WeightCache:
         key = (plan.position.step, *places)
         if key != self._key:
             self.clear()  # the old one goes before the new one comes
-            self._encoded = encode_weight(w_NK, plan)
+            self._encoded = encode_weight(w_NK, plan, self.keep)
             # Kept, so that no other tensor can come to lie where these lie.
             self._held = tuple(None if t is None else t.detach() for t in tensors)
             self._key = key
@@ -83,57 +195,100 @@ class WeightCache:
         return self._encoded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightCache:
-        return WeightCache()
+        return WeightCache(self.keep)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WeightCache, ()
+        return WeightCache, (self.keep,)
 
 
-def encode_weight(w_NK: Tensor, plan: LinearPlan) -> EncodedWeight:
+def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "operand") -> EncodedWeight:
     """Split and quantise a weight for both products that read it, with the factors that go beside it.
 
-    w: bf16 [N, K], contiguous along K.
+    w: bf16 [N, K], contiguous along K. keep: see `WeightCache`.
     """
-    names = ("fprop_weight", "dgrad_weight")
-    cells = tuple(getattr(plan.recipe, name) for name in names)
+    cells = tuple(getattr(plan.recipe, name) for name in _CELLS)
     quantizers = cells[0].quantizer, cells[1].quantizer
     if quantizers == (None, None):
-        plain = EncodedSide(w_NK, None)
-        return EncodedWeight(plain, plain, None, None, None)
+        return EncodedWeight()
     num_out, num_in = w_NK.shape
     v_x, v_g = basis_of(plan, "fprop_input"), basis_of(plan, "dgrad_grad_output")
-    v_w = basis_of(plan, names[0] if cells[0].split is not None else names[1])
+    v_w = basis_of(plan, _CELLS[0] if cells[0].split is not None else _CELLS[1])
     r_x, r_g, r_w = width_of(v_x), width_of(v_g), width_of(v_w)
     u, amax, residual = None, None, w_NK
     if v_w is not None:
         u, amax, residual, _ = split(w_NK, v_w, plan.in_features, plan)
-    known = amaxes(residual, plan, names, quantizers, amax)
-    fprop = dgrad = w_NK
-    heads: list[Thin] = []
-    shares = quantizers[0] == quantizers[1] and not quantizers[0].is_1d
-    if shares:
-        whole = wide(w_NK, num_out + r_g + r_w, num_in + r_x + r_w)
-        fprop, dgrad = whole[:num_out], whole[:, :num_in]
-    if quantizers[0] is not None:
-        if not shares:
-            fprop = wide(w_NK, num_out, num_in + r_x + r_w)
-        quantize_into(residual, quantizers[0], plan, names[0], known[0], fprop[:, :num_in])
-        if u is not None:
-            heads.append(Thin(u, fprop[:, num_in + r_x :], False))
-    if quantizers[1] is not None:
-        if not shares:
-            dgrad = wide(w_NK, num_out + r_g + r_w, num_in)
-            quantize_into(residual.t(), quantizers[1], plan, names[1], known[1], dgrad[:num_out].t())
-        if v_w is not None:
-            heads.append(Thin(v_w.t(), dgrad[num_out + r_g :], False))
-    place_all(heads, None)
-    return EncodedWeight(
-        fprop=EncodedSide(fprop, known[0]),
-        dgrad=EncodedSide(dgrad, known[1]),
-        t_input=None if v_x is None else _fp32(w_NK, v_x.t()),
-        t_grad=None if v_g is None else _fp32(v_g.t(), w_NK.t()),
-        u=u,
+    known = amaxes(residual, plan, _CELLS, quantizers, amax)
+    width = num_in + r_x + r_w
+    layouts = (
+        _Layout(_COLUMNS, (num_in, r_x, r_w), num_out, width),
+        _Layout(_ROWS, (num_out, r_g, r_w), num_in, width if _share_tiles(quantizers) else num_in),
     )
+    heads = u, None if v_w is None else v_w.t()
+    kept: Sequence[Tensor | _Codes | None]
+    if keep == "codes":
+        kept = _codes(residual, plan, quantizers, known)
+    else:
+        kept = _operands(residual, plan, quantizers, known, layouts, heads)
+    scaled = (
+        None if v_x is None else _fp32(w_NK, v_x.t()),
+        None if v_g is None else _fp32(v_g.t(), w_NK.t()),
+    )
+    fprop, dgrad = (
+        None if its is None else EncodedSide(layout=layout, kept=its, scaled=thin, head=head, amax=of_it)
+        for its, layout, thin, head, of_it in zip(kept, layouts, scaled, heads, known, strict=True)
+    )
+    return EncodedWeight(fprop, dgrad, u)
+
+
+def _share_tiles(quantizers: _Quantizers) -> bool:
+    """Whether both products read the same codes: those of tiles are their transpose's."""
+    return quantizers[0] is not None and quantizers[0] == quantizers[1] and not quantizers[0].is_1d
+
+
+def _codes(residual: Tensor, plan: LinearPlan, quantizers: _Quantizers, known: _Pair) -> list[_Codes | None]:
+    """Return the codes of either side, the same ones where tiles serve both."""
+    kept: list[_Codes | None] = []
+    for side, quantizer in enumerate(quantizers):
+        if quantizer is None:
+            kept.append(None)
+        elif side == 1 and _share_tiles(quantizers):
+            kept.append(kept[0])
+        else:
+            matrix = residual.t() if side == 1 else residual
+            codes = quantize_to_bytes(matrix, quantizer, plan, _CELLS[side], known[side])
+            kept.append(_Codes(*codes, quantizer, side == 1))
+    return kept
+
+
+def _operands(
+    residual: Tensor,
+    plan: LinearPlan,
+    quantizers: _Quantizers,
+    known: _Pair,
+    layouts: tuple[_Layout, _Layout],
+    heads: _Pair,
+) -> list[Tensor | None]:
+    """Return the buffer of either side with weight and head in place; views of one where tiles serve both."""
+    shares = _share_tiles(quantizers)
+    if shares:
+        whole = wide(residual, sum(layouts[1].sizes), layouts[0].row_stride)
+    kept: list[Tensor | None] = []
+    thin: list[Thin] = []
+    for side, (quantizer, layout, head) in enumerate(zip(quantizers, layouts, heads, strict=True)):
+        if quantizer is None:
+            kept.append(None)
+            continue
+        buffer = layout.cut_from(whole) if shares else layout.new_buffer(residual)
+        kept.append(buffer)
+        if side == 0 or not shares:
+            matrix, place = residual, layout.weight_in(buffer)
+            if side == 1:
+                matrix, place = matrix.t(), place.t()
+            quantize_into(matrix, quantizer, plan, _CELLS[side], known[side], place)
+        if head is not None:
+            thin.append(Thin(head, layout.head_in(buffer), False))
+    place_all(thin, None)
+    return kept
 
 
 def _fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ each in fp32, rounded once to the output. The quantised terms are exactly those 
 times block scales, exact in bf16, alpha in the epilogue); a thin factor is rounded to bf16 once, after the
 division by alpha. dw is added to the engine's fp32 accumulator in the same call.
 
-What depends on the weight alone is made once per optimizer step (`metis.encoded_weight`). Saved for backward
+What depends on the weight alone is made once per optimizer step (`metis.encoded_weight`) and opened by each
+product that reads it: kept as codes, it lies decoded in memory for that product only. Saved for backward
 are R_x (which takes the place of x) and P_x; nothing else is larger than a thin factor. Under `save_packed`
 the codes of wgrad's copy take the place of R_x, and P_g^T R_x reads what they decode to.
 
@@ -132,16 +133,14 @@ def _fprop(
     y: Tensor,
 ) -> None:
     """Complete the left operand (P_x is in its place) and multiply."""
-    (left, thin), num_in = buffers, residual.shape[1]
+    left, thin = buffers
     quantizer, w_quantizer = plan.recipe.fprop_input.quantizer, plan.recipe.fprop_weight.quantizer
     assert quantizer is not None and w_quantizer is not None
-    right, factors = encoded.fprop.buffer, []
+    assert encoded.fprop is not None
+    right, factors = encoded.fprop.open()
     scales = product_scales((quantizer, w_quantizer), (amax, encoded.fprop.amax), thin.shape[1] > 0)
     if sums is not None:
         factors.append(Thin(sums, thin[:, thin.shape[1] - sums.shape[2] :], True))
-    if encoded.t_input is not None:
-        place = right[:, num_in : num_in + encoded.t_input.shape[1]]
-        factors.append(Thin(encoded.t_input, place, True))
     fill_rows(left, residual, quantizer, plan, "fprop_input", amax, scales, thin, factors)
     note(amax, plan, "fprop_input")
     note(encoded.fprop.amax, plan, "fprop_weight")
@@ -153,14 +152,15 @@ class _Gradient:
     """g of a backward pass: split, quantised for both products, whole again where it came as a shard.
 
     g: what arrived, [m, N]. v: its basis in use. p: of all tokens, [M, r_g]. left: dgrad's operand [M, N +
-    r_g + r_w]. for_wgrad: wgrad's [M + r_g + r_x, N], whose thin rows are still open. scales: of both
-    products.
+    r_g + r_w]. right: the weight beside it, [N + r_g + r_w, K]. for_wgrad: wgrad's [M + r_g + r_x, N],
+    whose thin rows are still open. scales: of both products.
     """
 
     g: Tensor
     v: Tensor | None = None
     p: Tensor | None = None
     left: Tensor | None = None
+    right: Tensor | None = None
     for_wgrad: Tensor | None = None
     dgrad_scales: ProductScales = field(default_factory=ProductScales)
     wgrad_scales: ProductScales = field(default_factory=ProductScales)
@@ -194,15 +194,14 @@ def _open_gradient(
     used = amaxes(residual, plan, names, (dgrad, wgrad), amax)
     if dgrad is not None:
         assert thin is not None and opened.left is not None and recipe.dgrad_weight.quantizer is not None
-        quantizers, factors = (dgrad, recipe.dgrad_weight.quantizer), []
+        assert encoded.dgrad is not None
+        quantizers = dgrad, recipe.dgrad_weight.quantizer
+        opened.right, factors = encoded.dgrad.open()
         opened.dgrad_scales = scales = product_scales(
             quantizers, (used[0], encoded.dgrad.amax), thin.shape[1] > 0
         )
         if sums is not None:
             factors.append(Thin(sums, thin[:, width_of(v_g) :], True))
-        if encoded.t_grad is not None:
-            place = encoded.dgrad.buffer[num_out : num_out + encoded.t_grad.shape[0]]
-            factors.append(Thin(encoded.t_grad, place, True))
         fill_rows(opened.left, residual, dgrad, plan, names[0], used[0], scales, thin, factors)
         note(used[0], plan, names[0])
         note(encoded.dgrad.amax, plan, "dgrad_weight")
@@ -235,10 +234,10 @@ def backward(
     if needs[0]:
         left, right, alpha = g, w, None
         if gradient.left is not None:
-            left, right, alpha = gradient.left, encoded.dgrad.buffer, gradient.dgrad_scales.alpha
+            left, right, alpha = gradient.left, gradient.right, gradient.dgrad_scales.alpha  # type: ignore[assignment]
         dx = torch.empty(left.shape[0], w.shape[1], dtype=g.dtype, device=g.device)
         scaled_product(left, right.t(), dx, alpha)
-        gradient.left = left = None  # type: ignore[assignment]
+        gradient.left = gradient.right = left = right = None  # type: ignore[assignment]
     if needs[1]:
         dw = _weight_gradient(g, gradient, w, x, plan)
     return dx, dw

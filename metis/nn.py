@@ -102,9 +102,12 @@ class LinearCore(nn.Module):
         self._lender: tuple[LinearCore, ...] = ()  # in a tuple: the owner is no submodule of this one
 
     def _set_weights(self) -> None:
-        """Start a cache of the encoded weight where kernels cover the recipe."""
-        sizes = self.in_features.size, self.out_features.size
-        self.weights = WeightCache() if is_fusable(self.recipe, *sizes) else None
+        """Start a cache of the encoded weight where kernels cover the recipe; only the emulated backend reads
+        one.
+        """
+        sizes, backend = (self.in_features.size, self.out_features.size), self.backend
+        is_read = isinstance(backend, EmulatedGemm) and is_fusable(self.recipe, *sizes)
+        self.weights = WeightCache(backend.weight_cache) if is_read else None
 
     def _bases_for(self, recipe: Recipe, old: nn.ModuleDict, device: Any) -> nn.ModuleDict:
         """Return the bases that `recipe` keeps, each going on from the one of its operand in `old`."""

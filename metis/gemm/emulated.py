@@ -53,9 +53,12 @@ def product(a: Tensor, b: Tensor, accumulate: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class EmulatedGemm:
-    """The emulated backend. kernels: who quantises its operands, see `metis.fused.can_fuse`."""
+    """The emulated backend. kernels: who quantises its operands, see `metis.fused.can_fuse`. weight_cache:
+    what linears on kernels keep of a quantised weight within a step, see `metis.encoded_weight`.
+    """
 
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    weight_cache: Literal["operand", "codes"] = "operand"
     name: ClassVar[str] = "emulated"
     reads_bytes: ClassVar[bool] = False
 

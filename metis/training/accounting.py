@@ -114,7 +114,7 @@ _TRAINING_FIELDS = (
     "micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples", "lr",
     "min_lr", "lr_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "seed",
     "params_dtype_name", "exact_reductions", "recompute_granularity", "device", "distributed_backend",
-    "transformer_impl", "gemm_backend", "quantize_kernels", "nonfinite_operands",
+    "transformer_impl", "gemm_backend", "quantize_kernels", "weight_cache", "nonfinite_operands",
 )  # fmt: skip
 
 

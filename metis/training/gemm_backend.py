@@ -174,7 +174,7 @@ def resolve_gemm_backend(args: Namespace, recipes: Mapping[str, Recipe]) -> Gemm
         if why:
             print_rank_0(f"GEMM backend: {args.gemm_backend} (auto: {why})")
     if args.gemm_backend == "emulated":
-        return EmulatedGemm(kernels=args.quantize_kernels)
+        return EmulatedGemm(kernels=args.quantize_kernels, weight_cache=args.weight_cache)
     if args.gemm_backend == "scaled_mm":
         return scaled_mm_backend(args.device, args.quantize_kernels)
     require_native_gemm(args.device, args.gemm_backend)

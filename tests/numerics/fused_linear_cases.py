@@ -9,6 +9,7 @@ terms is left out.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 import warnings
@@ -25,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from metis import encoded_weight, fused_linear, fused_operand, fused_products
 from metis.clock import OperandWatch, TrainingClock
 from metis.config import CELL_NAMES, BasisConfig, QuantizerConfig, RankConfig, Recipe, RhtConfig, SplitConfig
+from metis.encoded_weight import KEEP
+from metis.errors import ConfigError
 from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.functional import quantized_linear as definition
 from metis.fused_linear import WeightCache, is_fusable, quantized_linear
@@ -111,6 +114,7 @@ class Recorder:
     splits: list[tuple[LinearPlan, str, Tensor, Tensor, Tensor]] = field(default_factory=list)
     codes: list[tuple[LinearPlan, str, Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     encoded: int = 0
+    weights_decoded: int = 0
     ran: int = 0
     here: threading.local = field(default_factory=threading.local)
 
@@ -129,6 +133,7 @@ class Recorder:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
+    decode = encoded_weight.decode_into
     split, noise, quantize = fused_operand.split, fused_operand._noise, fused_operand.kernel_quantize
     encode_weight, apply = encoded_weight.encode_weight, fused_linear._FusedLinear.apply
 
@@ -159,6 +164,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         recorder.encoded += 1
         return encode_weight(*arguments)
 
+    def spy_decode(*arguments: Any) -> None:
+        recorder.weights_decoded += 1
+        decode(*arguments)
+
     def spy_apply(*arguments: Any) -> Any:
         recorder.ran += 1
         return apply(*arguments)
@@ -168,6 +177,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(fused_operand, "_noise", spy_noise)
     monkeypatch.setattr(fused_operand, "kernel_quantize", spy_quantize)
     monkeypatch.setattr(encoded_weight, "encode_weight", spy_encode)
+    monkeypatch.setattr(encoded_weight, "decode_into", spy_decode)
     monkeypatch.setattr(fused_linear._FusedLinear, "apply", spy_apply)
     return recorder
 
@@ -198,7 +208,7 @@ def bases_of(recipe: Recipe, axes: dict[str, Axis]) -> dict[str, Tensor]:
     return bases
 
 
-def plan_of(recipe: Recipe, kernels: str = "triton", **changes: Any) -> LinearPlan:
+def plan_of(recipe: Recipe, kernels: str = "triton", keep: str = "operand", **changes: Any) -> LinearPlan:
     axes = {
         "tokens": Axis.whole(TOKENS),
         "in_features": Axis.whole(IN_FEATURES),
@@ -211,7 +221,7 @@ def plan_of(recipe: Recipe, kernels: str = "triton", **changes: Any) -> LinearPl
         seed=5,
         position=NoisePosition(step=3, microbatch=2),
         backend=EmulatedGemm(kernels=kernels),  # type: ignore[arg-type]
-        weights=WeightCache(),
+        weights=WeightCache(keep),
         **(axes | bases_of(recipe, axes) | changes),
     )
 
@@ -400,6 +410,68 @@ def test_the_main_gradient_takes_the_sum_of_microbatches(name: str, seen: Record
     assert torch.equal(sums[2], sums[0] + sums[1]) and sums[0].norm() > 0
 
 
+def storages(value: Any) -> dict[int, int]:
+    """Return the bytes of every storage that a value and what it is made of hold on to, by address."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if not dataclasses.is_dataclass(value):
+        return {}
+    found = {}
+    for its_field in dataclasses.fields(value):
+        found |= storages(getattr(value, its_field.name))
+    return found
+
+
+def sides_of(recipe: Recipe) -> tuple[int, int]:
+    """Return how many products quantise the weight, and how many sets of codes they read."""
+    quantizers = [q for q in (recipe.fprop_weight.quantizer, recipe.dgrad_weight.quantizer) if q is not None]
+    tiles_serve_both = len(quantizers) == 2 and quantizers[0] == quantizers[1] and not quantizers[0].is_1d
+    return len(quantizers), 1 if tiles_serve_both else len(quantizers)
+
+
+@named([*UNSPLIT[:2], RECIPES["mxfp4"], SPLIT[0], *SPLIT[2:4], *SPLIT[6:9]], long=[*UNSPLIT[2:], *PACKED[3:]])
+def test_a_weight_kept_as_codes_changes_no_bit_and_takes_less_memory(recipe: Recipe, seen: Recorder) -> None:
+    """Two microbatches of one step, kept either way; each product decodes what it multiplies."""
+    x, w, g = tensors()
+    results, held = {}, {}
+    for keep in KEEP:
+        weight, plan = torch.nn.Parameter(w.clone()), plan_of(recipe, keep=keep)
+        encoded, decoded = seen.encoded, seen.weights_decoded
+        results[keep] = []
+        for microbatch in range(2):
+            plan = replace(plan, position=NoisePosition(step=3, microbatch=microbatch))
+            source, weight.grad = x.roll(microbatch).requires_grad_(), None
+            y = quantized_linear(source, weight, plan)
+            y.backward(g.roll(microbatch))
+            results[keep] += [y.detach(), source.grad, weight.grad]
+        assert seen.encoded - encoded == 1
+        products, sets = sides_of(recipe)
+        assert seen.weights_decoded - decoded == (2 * products if keep == "codes" else 0)
+        kept = storages(plan.weights._encoded)
+        known = storages(weight) | storages(plan.v_weight)
+        held[keep] = sum(size for place, size in kept.items() if place not in known)
+    names = [f"{name} of microbatch {index}" for index in range(2) for name in ("y", "dx", "dw")]
+    for name, a, b in zip(names, *results.values(), strict=True):
+        assert torch.equal(a, b), name
+    ranks = {name: 0 if basis is None else basis.shape[1] for name, basis in
+             (("x", plan.v_input), ("w", plan.v_weight), ("g", plan.v_grad_output))}  # fmt: skip
+    n, k = w.shape
+    thin = 4 * (n * ranks["x"] + k * ranks["g"]) + 2 * n * ranks["w"] + 16
+    assert held["codes"] <= sets * 0.5625 * n * k + thin
+    assert held["operand"] >= sets * 2 * n * k
+
+
+def test_a_backend_says_what_its_linears_keep() -> None:
+    for keep in KEEP:
+        backend = EmulatedGemm(kernels="triton", weight_cache=keep)  # type: ignore[arg-type]
+        layer = MetisLinear(64, 32, recipe=RECIPES["metis"], dtype=torch.bfloat16, backend=backend)
+        for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert one.core.weights.keep == keep
+    with pytest.raises(ConfigError, match="weight cache: must keep one of"):
+        WeightCache("bytes")
+
+
 def small_layer(recipe: Recipe = RECIPES["metis"], **options: Any) -> MetisLinear:
     torch.manual_seed(0)
     clock = TrainingClock(seed=1, num_tokens_per_step=TOKENS)
@@ -565,6 +637,19 @@ def test_the_watch_sees_weights_in_every_microbatch(seen: Recorder) -> None:
     assert seen.encoded == 1
 
 
+@named([RECIPES["nvfp4"], RECIPES["mxfp4"], RECIPES["metis"]])
+def test_special_numbers_in_a_weight_survive_in_its_codes(recipe: Recipe, seen: Recorder) -> None:
+    axes = {name: Axis.whole(32) for name in ("tokens", "out_features")} | {"in_features": Axis.whole(64)}
+    for what in ("zero w", "NaN in w", "infinity in w", "w of 1e-36"):
+        x, w, g = tensors(32, 64, 32)
+        SPECIAL[what](x, w, g)
+        one, other = (run(quantized_linear, plan_of(recipe, keep=keep, **axes), x, w, g) for keep in KEEP)
+        for name, a, b in zip(("y", "dx", "dw"), one, other, strict=True):
+            assert torch.equal(a.isnan(), b.isnan()), f"{what}: {name}"
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{what}: {name}"
+    assert seen.weights_decoded > 0
+
+
 @named([RECIPES["nvfp4"], RECIPES["metis"], PACKED[3]])
 def test_an_observer_sees_the_same_operands(recipe: Recipe, seen: Recorder) -> None:
     found: list[list[tuple[str, Tensor, Tensor]]] = []
@@ -620,12 +705,14 @@ def whole(pieces: list[Tensor], rows: list[Axis], cols: list[Axis]) -> Tensor:
     return out
 
 
-def parallel_pass(recipe: Recipe, kind: str, size: int, sequence: bool) -> tuple[list[LinearPlan], list[Any]]:
+def parallel_pass(
+    recipe: Recipe, kind: str, size: int, sequence: bool, keep: str = "operand"
+) -> tuple[list[LinearPlan], list[Any]]:
     """Run a pass on `size` simulated ranks; returns every rank's plan and (y, dx, dw)."""
     team, (x, w, g) = Team(size), tensors()
 
     def one_rank(shard: int) -> tuple[LinearPlan, tuple[Tensor, Tensor, Tensor]]:
-        plan = plan_of(recipe, **layout(kind, shard, team, sequence))
+        plan = plan_of(recipe, keep=keep, **layout(kind, shard, team, sequence))
         tokens = {name: plan.axes(f"fprop_{name}" if name == "input" else f"dgrad_{name}")[0]
                   for name in ("input", "grad_output")}  # fmt: skip
         return plan, run(
@@ -689,6 +776,26 @@ def test_layouts_change_no_bit_of_p_r_and_codes(
         error = difference(a, b)
         print(f"layout {name} {error:.1e}")
         assert error < SUM_TOLERANCE[name], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "sequence"),
+    [
+        ("gate|up", 2, True),
+        ("row", 2, True),
+        pytest.param("column", 4, True, marks=pytest.mark.long),
+        pytest.param("row", 4, False, marks=pytest.mark.long),
+    ],
+)
+@named([RECIPES["metis"], SPLIT[2]], long=[RECIPES["nvfp4"], *PACKED[3:5], SPLIT[7]])
+def test_ranks_that_keep_codes_of_their_weights_change_no_bit(
+    recipe: Recipe, kind: str, size: int, sequence: bool, seen: Recorder, ranks: None
+) -> None:
+    results = {keep: parallel_pass(recipe, kind, size, sequence, keep)[1] for keep in KEEP}
+    assert seen.ran == 2 * size and seen.weights_decoded == size * sides_of(recipe)[0]
+    for shard, (one, other) in enumerate(zip(*results.values(), strict=True)):
+        for name, a, b in zip(("y", "dx", "dw"), one, other, strict=True):
+            assert torch.equal(a, b), f"{name} of rank {shard}"
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])

@@ -242,7 +242,10 @@ def test_availability_is_compute_capability_and_cuda_version(
     found = native_gemm_available("cuda")
     assert found[0] is available
     assert cuda is None or f"GPU X of compute capability {capability[0]}.{capability[1]}" in found[1]
-    args = Namespace(quantize_kernels="auto", gemm_backend="auto", device="cuda", exact_reductions=False)
+    args = Namespace(
+        quantize_kernels="auto", weight_cache="operand", gemm_backend="auto", device="cuda",
+        exact_reductions=False,
+    )  # fmt: skip
     assert resolve_gemm_backend(args, recipes).name == auto == args.gemm_backend
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"GEMM backend: {auto} (auto: ") and found[1] in line
@@ -271,8 +274,12 @@ def test_auto_is_emulated_where_native_would_have_no_effect(
     exact: bool, recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pretend(monkeypatch, "GPU X", (10, 0), "13.0")
-    args = Namespace(quantize_kernels="auto", gemm_backend="auto", device="cuda", exact_reductions=exact)
-    assert isinstance(resolve_gemm_backend(args, dict.fromkeys(linear_paths(2), recipe)), EmulatedGemm)
+    args = Namespace(
+        quantize_kernels="auto", weight_cache="codes", gemm_backend="auto", device="cuda",
+        exact_reductions=exact,
+    )  # fmt: skip
+    backend = resolve_gemm_backend(args, dict.fromkeys(linear_paths(2), recipe))
+    assert backend == EmulatedGemm(kernels="auto", weight_cache="codes")
     assert args.gemm_backend == "emulated"
     out = capsys.readouterr().out
     assert ("(auto: --exact-reductions)" in out) if exact else out == ""
