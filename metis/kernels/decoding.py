@@ -16,20 +16,22 @@ from torch import Tensor
 
 from metis.errors import ConfigError, ShapeError
 from metis.formats import FORMAT_BLOCK_SHAPES, TENSOR_SCALE_TARGET, as_float32
+from metis.kernels import tuning
 from metis.kernels.arguments import (
     INPUT_DTYPES,
     ceil_div,
     is_native,
+    next_power_of_two,
     require_amax,
     require_device,
 )
 from metis.kernels.blockwise import store_tile, times_blocks
 from metis.kernels.elementary import e2m1_value, e4m3_value, e8m0_value, exact_bf16_bits, round_to_bf16
-from metis.kernels.launching import Launcher, layout
+from metis.kernels.launching import Key, Launcher, Prepared, layout
 
 _FORMATS = ("nvfp4", "mxfp4")
-_TILE, _TURNED_TILE, _NUM_WARPS = (16, 256), (64, 64), 4
-"""Rows and columns of one program, for an output contiguous along its rows or down its columns."""
+_TILE, _TURNED_TILE = (16, 256, 4), (64, 64, 4)
+"""Rows, columns and warps of one program, for an output contiguous along its rows or down its columns."""
 
 
 @triton.jit
@@ -161,19 +163,50 @@ def _launch(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     if ready is None:
-        *pieces, num_rows, num_cols = shape
-        *distance, stride_r, stride_c = out.stride()
-        tile_r, tile_c = _TILE if stride_c <= stride_r else _TURNED_TILE
-        ready = _decoders.prepare(
+        ready = _prepare(
+            key, packed, scale_bytes, amax is not None, tuple(block_shape), format, scale_target, out
+        )
+    ready((packed, scale_bytes, amax, out))
+    return out
+
+
+def candidates(out: Tensor, block_shape: tuple[int, int]) -> tuple[tuning.Choice, ...]:
+    """Return the tiles to choose from, the constant first; out: [R, C] or [T, R, C]."""
+    turned = out.stride(-1) > out.stride(-2)
+    most = tuple(map(next_power_of_two, out.shape[-2:]))
+    return tuning.around(_TURNED_TILE if turned else _TILE, block_shape, most, is_column_major=turned)
+
+
+def _prepare(
+    key: Key,
+    packed: Tensor,
+    scale_bytes: Tensor,
+    has_amax: bool,
+    block_shape: tuple[int, int],
+    format: str,
+    scale_target: float,
+    out: Tensor,
+) -> Prepared:
+    *pieces, num_rows, num_cols = out.shape
+    *distance, stride_r, stride_c = out.stride()
+
+    def build(choice: tuning.Choice) -> Prepared:
+        tile_r, tile_c, num_warps = choice
+        return _decoders.prepare(
             key, (ceil_div(num_rows, tile_r) * ceil_div(num_cols, tile_c), *(pieces or (1,))),
             (num_rows, num_cols, _distance(packed), _distance(scale_bytes), *(distance or (0,)), stride_r,
              stride_c, as_float32(1 / scale_target)),
-            (amax is not None, dtype == torch.bfloat16, is_native(packed), format == "mxfp4", *block_shape,
+            (has_amax, out.dtype == torch.bfloat16, is_native(packed), format == "mxfp4", *block_shape,
              tile_r, tile_c),
-            num_warps=_NUM_WARPS, enable_fp_fusion=False,
+            num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
-    ready((packed, scale_bytes, amax, out))
-    return out
+
+    variant = (
+        format, "x".join(map(str, block_shape)), tuning.dtype_name(out.dtype),
+        "columns" if stride_c > stride_r else "rows",
+    )  # fmt: skip
+    name = tuning.key_of("decode", variant, (num_rows * (pieces or (1,))[0], num_cols))
+    return tuning.prepare(name, candidates(out, block_shape), packed.device, build)
 
 
 def _distance(pieces: Tensor) -> int:

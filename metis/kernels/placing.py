@@ -13,11 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
+from metis.kernels import tuning
 from metis.kernels.arguments import Thin, ceil_div, is_native
 from metis.kernels.elementary import exact_bf16_bits, round_to_bf16
 from metis.kernels.launching import Key, Launcher, Prepared, layout
 
-_TILE_ROWS, _TILE_COLS, _NUM_WARPS = 32, 64, 4
+CANDIDATES = ((32, 64, 4), (32, 64, 8), (16, 64, 4), (32, 32, 4), (64, 32, 4), (64, 64, 8))
+"""Rows, columns and warps of one program to choose from, the constant first."""
+_CLASS_COLUMNS = 64
 
 
 @triton.jit
@@ -127,19 +130,40 @@ def place(first: Thin, second: Thin | None = None, factor: Tensor | None = None)
 
 
 def _prepare(key: Key, first: Thin, second: Thin | None, factor: Tensor | None) -> Prepared:
-    tiles_a, numbers_a, constants_a = _described(first, factor)
-    tiles_b, numbers_b, constants_b = 0, (0,) * 7, (1, False, False)
+    numbers_a, constants_a = _described(first, factor)
+    numbers_b, constants_b = (0,) * 7, (1, False, False)
     if second is not None:
-        tiles_b, numbers_b, constants_b = _described(second, factor)
-    return _places.prepare(
-        key, (tiles_a + tiles_b, 1), (tiles_a, *numbers_a, *numbers_b),
-        (*constants_a, *constants_b, second is not None, is_native(first.source), _TILE_ROWS, _TILE_COLS),
-        num_warps=_NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+        numbers_b, constants_b = _described(second, factor)
+
+    def build(choice: tuning.Choice) -> Prepared:
+        rows, cols, num_warps = choice
+        tiles_a, tiles_b = (
+            ceil_div(numbers[0], rows) * ceil_div(numbers[1], cols) for numbers in (numbers_a, numbers_b)
+        )
+        return _places.prepare(
+            key, (tiles_a + tiles_b, 1), (tiles_a, *numbers_a, *numbers_b),
+            (*constants_a, *constants_b, second is not None, is_native(first.source), rows, cols),
+            num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    thins = (first,) if second is None else (first, second)
+    elements = sum(thin.out.numel() for thin in thins)
+    shape = (ceil_div(elements, _CLASS_COLUMNS), _CLASS_COLUMNS)
+    name = tuning.key_of("place", ["+".join(map(_variant, thins))], shape)
+    return tuning.prepare(name, CANDIDATES, first.source.device, build)
 
 
-def _described(thin: Thin, factor: Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, bool, bool]]:
-    """Return (tiles, sizes and strides, compile-time constants) of a factor."""
+def _variant(thin: Thin) -> str:
+    """Return what a factor is, for the name of a kind of launch: 8 fp32 rows to columns."""
+    count = thin.source.shape[0] if thin.source.dim() == 3 else 1
+    source, out = (
+        "columns" if tensor.stride(-1) > tensor.stride(-2) else "rows" for tensor in (thin.source, thin.out)
+    )
+    return f"{count} {tuning.dtype_name(thin.source.dtype)} {source} to {out}"
+
+
+def _described(thin: Thin, factor: Tensor | None) -> tuple[tuple[int, ...], tuple[int, bool, bool]]:
+    """Return (sizes and strides, compile-time constants) of a factor."""
     source, out = thin.source, thin.out
     count = source.shape[0] if source.dim() == 3 else 1
     num_rows, num_cols = out.shape
@@ -150,6 +174,5 @@ def _described(thin: Thin, factor: Tensor | None) -> tuple[int, tuple[int, ...],
             f"{tuple(source.shape)} and {out.dtype} {tuple(out.shape)}",
         )
     strides = (source.stride(0) if source.dim() == 3 else 0, source.stride(-2), source.stride(-1))
-    tiles = ceil_div(num_rows, _TILE_ROWS) * ceil_div(num_cols, _TILE_COLS)
     constants = (count, source.dtype == torch.bfloat16, thin.is_scaled and factor is not None)
-    return tiles, (num_rows, num_cols, *strides, *out.stride()), constants
+    return (num_rows, num_cols, *strides, *out.stride()), constants

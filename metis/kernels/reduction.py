@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
+from metis.kernels import tuning
 from metis.kernels.arguments import (
     ceil_div,
     is_column_major,
     is_native,
+    next_power_of_two,
     require_matrix,
     rotation_of,
 )
@@ -31,6 +33,8 @@ from metis.kernels.elementary import (
 )
 from metis.kernels.launching import Key, Launcher, Prepared, layout
 
+_FLAT_CANDIDATES = ((1, 4096, 4), (1, 2048, 4), (1, 4096, 8), (1, 8192, 4), (1, 8192, 8))
+"""Rows, columns and warps for dense memory, which is one long row; the constant first."""
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PROGRAMS_UNDER_INTERPRETER = 3
 
@@ -139,21 +143,52 @@ def amax(
     return out
 
 
+def candidates(x: Tensor, rotation: int) -> tuple[tuning.Choice, ...]:
+    """Return the tiles to choose from, the constant first; x: as it is read."""
+    shape = tuple(map(next_power_of_two, x.shape))
+    if x.shape[0] == 1 and rotation == 0:
+        return (_FLAT_CANDIDATES[0], *(tile for tile in _FLAT_CANDIDATES[1:] if tile[1] <= shape[1]))
+    constant = tile_of(x, (1, 1), rotation)
+    return tuning.around(
+        (constant.rows, constant.cols, constant.num_warps), (1, max(1, rotation)), shape,
+        is_column_major=is_column_major(x),
+    )  # fmt: skip
+
+
+def candidates_both(x: Tensor, rotation: int) -> tuple[tuning.Choice, ...]:
+    """Return the tiles of `amax_both` to choose from, the constant first: whole rotations down the rows."""
+    warps = rotation // 16
+    tiles = ((256, warps), (256, 2 * warps), (128, warps), (512, 2 * warps), (128, max(1, warps // 2)))
+    limit = max(256, next_power_of_two(x.shape[1]))
+    return tuple(
+        dict.fromkeys((rotation, cols, count) for cols, count in tiles if cols <= limit and count <= 8)
+    )
+
+
 def _prepare(key: Key, x: Tensor, sign_vector: tuple[int, ...] | None, tile: Tile | None) -> Prepared:
     require_matrix("amax", x, (1, 1), sign_vector)
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
+    shape = x.shape
     if rotation == 0:
         # A maximum has no order: dense memory is one long row, everything else is read along its grain.
         x = x.t() if is_column_major(x) else x
         x = x.reshape(1, -1) if x.is_contiguous() else x
-    if tile is None:
-        tile = Tile(1, 4096, 4) if x.shape[0] == 1 and rotation == 0 else tile_of(x, (1, 1), rotation)
-    num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
-    return _amaxes.prepare(
-        key, (min(num_tiles, _max_programs(x.device)), 1), (*x.shape, *x.stride(), rotation_scale, num_tiles),
-        (x.dtype == torch.bfloat16, rotation, is_native(x), is_column_major(x), tile.rows, tile.cols),
-        (signs,), num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+
+    def build(choice: tuning.Choice) -> Prepared:
+        rows, cols, num_warps = choice
+        num_tiles = ceil_div(x.shape[0], rows) * ceil_div(x.shape[1], cols)
+        return _amaxes.prepare(
+            key, (min(num_tiles, _max_programs(x.device)), 1),
+            (*x.shape, *x.stride(), rotation_scale, num_tiles),
+            (x.dtype == torch.bfloat16, rotation, is_native(x), is_column_major(x), rows, cols), (signs,),
+            num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    if tile is not None:
+        return build((tile.rows, tile.cols, tile.num_warps))
+    order = "flat" if x.shape[0] == 1 and rotation == 0 else "columns" if is_column_major(x) else "rows"
+    name = tuning.key_of("amax", (rotation, tuning.dtype_name(x.dtype), order), shape)
+    return tuning.prepare(name, candidates(x, rotation), x.device, build)
 
 
 def _prepare_both(key: Key, x: Tensor, sign_vector: tuple[int, ...]) -> Prepared:
@@ -161,14 +196,19 @@ def _prepare_both(key: Key, x: Tensor, sign_vector: tuple[int, ...]) -> Prepared
     if x.stride(1) != 1:
         raise ShapeError("amax_both", f"needs a row-major matrix, received strides {x.stride()}")
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
-    tile = Tile(rotation, 256, rotation // 16)
-    num_tiles = ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols)
-    return _amaxes_both.prepare(
-        key, (min(num_tiles, 2 * _max_programs(x.device)), 1),
-        (*x.shape, x.stride(0), rotation_scale, num_tiles),
-        (x.dtype == torch.bfloat16, rotation, is_native(x), tile.rows, tile.cols), (signs,),
-        num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+
+    def build(choice: tuning.Choice) -> Prepared:
+        rows, cols, num_warps = choice
+        num_tiles = ceil_div(x.shape[0], rows) * ceil_div(x.shape[1], cols)
+        return _amaxes_both.prepare(
+            key, (min(num_tiles, 2 * _max_programs(x.device)), 1),
+            (*x.shape, x.stride(0), rotation_scale, num_tiles),
+            (x.dtype == torch.bfloat16, rotation, is_native(x), rows, cols), (signs,),
+            num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    name = tuning.key_of("amax_both", (rotation, tuning.dtype_name(x.dtype)), x.shape)
+    return tuning.prepare(name, candidates_both(x, rotation), x.device, build)
 
 
 @lru_cache(maxsize=64)

@@ -10,17 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metis.kernels import tuning
 from metis.kernels.arguments import (
-    as_loadable,
     ceil_div,
     empty_operand,
     is_column_major,
     is_native,
+    next_power_of_two,
     require_matrix,
     rotation_of,
 )
 from metis.kernels.blockwise import Tile, load_tile, store_tile, tile_of
 from metis.kernels.elementary import exact_bf16_bits
+from metis.kernels.launching import Key, Launcher, Prepared, layout
 
 
 @triton.jit
@@ -51,20 +53,48 @@ def _rotate_kernel(
                out_stride_c, TILE_R, TILE_C, NARROW)  # fmt: skip
 
 
+_rotations = Launcher(_rotate_kernel)
+
+
 def rotate(x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None = None) -> Tensor:
     """Rotate every len(sign_vector) consecutive columns; returns bf16 [R, C] in the memory order of x.
 
     x: [R, C] fp32, bf16 or fp16, any strides, C a multiple of the size (16, 32, 64 or 128). tile: for
     measuring; None chooses.
     """
+    key = (layout(x), sign_vector, tile)
+    ready = _rotations.ready(key) or _prepare(key, x, sign_vector, tile)
+    out = empty_operand(x)
+    ready((x, *ready.kept, out))
+    return out
+
+
+def candidates(x: Tensor, rotation: int) -> tuple[tuning.Choice, ...]:
+    """Return the tiles to choose from, the constant first."""
+    constant = tile_of(x, (1, 1), rotation)
+    most = tuple(map(next_power_of_two, x.shape))
+    return tuning.around(
+        (constant.rows, constant.cols, constant.num_warps), (1, rotation), most,
+        is_column_major=is_column_major(x),
+    )  # fmt: skip
+
+
+def _prepare(key: Key, x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None) -> Prepared:
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
     require_matrix("rotate", x, (1, 1), sign_vector)
-    tile = tile or tile_of(x, (1, 1), rotation)
-    out = empty_operand(x)
-    grid = (ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols),)
-    _rotate_kernel[grid](
-        as_loadable(x), signs, out.view(torch.int16), *x.shape, *x.stride(), *out.stride(), rotation_scale,
-        IS_BF16=x.dtype == torch.bfloat16, ROTATION=rotation, NATIVE=is_native(x), NARROW=is_column_major(x),
-        TILE_R=tile.rows, TILE_C=tile.cols, num_warps=tile.num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
+    turned = is_column_major(x)
+
+    def build(choice: tuning.Choice) -> Prepared:
+        rows, cols, num_warps = choice
+        return _rotations.prepare(
+            key, (ceil_div(x.shape[0], rows) * ceil_div(x.shape[1], cols), 1),
+            (*x.shape, *x.stride(), *empty_operand(x).stride(), rotation_scale),
+            (x.dtype == torch.bfloat16, rotation, is_native(x), turned, rows, cols), (signs,),
+            num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    if tile is not None:
+        return build((tile.rows, tile.cols, tile.num_warps))
+    variant = (rotation, tuning.dtype_name(x.dtype), "columns" if turned else "rows")
+    name = tuning.key_of("rotate", variant, x.shape)
+    return tuning.prepare(name, candidates(x, rotation), x.device, build)
