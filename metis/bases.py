@@ -8,7 +8,7 @@ all bases of a model at once.
 
 Traps:
 * Rows put aside take memory: those of a basis are sketched as soon as they exceed `MAX_WAITING_BYTES`.
-* Tensors of a state never change in place. Those of new bases are pieces of larger ones.
+* Tensors of a state never change in place; `active` does. Those of new bases are pieces of larger ones.
 
 Shape letters: n sampled rows, M rows of a microbatch, K features, r rank, q columns of a sketch.
 """
@@ -55,6 +55,13 @@ def picks_by_kernel(x: Tensor) -> bool:
     )
 
 
+def _is_captured(x: Tensor) -> bool:
+    """Whether launches are being recorded instead of made; a sketch reads state that a replay would not
+    find again.
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class OperandBasis(nn.Module):
     """One basis of one linear: V and the sketch for the next V, for the features this rank holds.
 
@@ -85,7 +92,6 @@ class OperandBasis(nn.Module):
         )
         self.state = self._local(whole)
         self.tracks_drift, self.drift_degrees = False, None
-        self._active: tuple[Tensor, str, Tensor | None] | None = None
         self._pending: Pending | None = None
         self._active: tuple[Tensor, Tensor] | None = None
 
@@ -97,13 +103,21 @@ class OperandBasis(nn.Module):
 
     @property
     def active(self) -> Tensor | None:
-        """The basis in use, [K_local, r] bf16, one object until it changes; None before the first refresh."""
+        """The basis in use, [K_local, r] bf16; None before the first refresh.
+
+        One tensor, overwritten when the state has a new basis, so that captured launches find it.
+        """
         state = self.state
         if self._active is None or self._active[0] is not state.v:
             v = algebra.active_basis(state)
             if v is None:
                 return None
-            self._active = state.v, v
+            with torch.inference_mode(False), torch.no_grad():
+                place = None if self._active is None else self._active[1]
+                if place is None or place.shape != v.shape or place.device != v.device:
+                    place = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+                place.copy_(v)
+            self._active = state.v, place
         return self._active[1]
 
     @property
@@ -186,13 +200,18 @@ class OperandBasis(nn.Module):
         pending = self._pending
         pending.shards = shards if shards is not None and shards.is_sharded else None
         pending.rows.append(rows)
-        if sum(waiting.nbytes for waiting in pending.rows) > MAX_WAITING_BYTES:
+        waiting = sum(waiting.nbytes for waiting in pending.rows)
+        if waiting > MAX_WAITING_BYTES and not _is_captured(rows):
             sketch_pending([(self, pending)])
 
     def add_weight(self, weight: Tensor, rows: Axis) -> None:
         """Put all rows of w [N_local, K_local] aside for this step's sketch."""
         is_shared = rows.is_sharded and self.config.tp_mode != "local"
         self._pending = Pending(rows=[weight.detach()], shards=rows if is_shared else None)
+
+    def put_aside(self, pending: Pending) -> None:
+        """Have for this step's sketch what an earlier `take_pending` returned, which stays as it is."""
+        self._pending = replace(pending, rows=list(pending.rows))
 
     def take_pending(self) -> Pending | None:
         """Return what this step has for the next basis, and forget it."""

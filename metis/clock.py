@@ -52,12 +52,23 @@ class OperandWatch:
         if amaxes and amaxes[-1] is amax:  # a weight is encoded once for many microbatches
             return
         amaxes.append(amax)
-        if len(amaxes) == _KEPT_AMAXES:
+        if len(amaxes) >= _KEPT_AMAXES:
             amaxes[:] = [torch.stack(amaxes).amax()]
+
+    def take_noted(self) -> dict[tuple[str, str], list[Tensor]]:
+        """Return the amaxes noted so far, by (layer, cell), and forget them."""
+        taken, self._amaxes = self._amaxes, {}
+        return taken
+
+    def put_back(self, noted: dict[tuple[str, str], list[Tensor]]) -> None:
+        """Note amaxes again that `take_noted` returned."""
+        for key, amaxes in noted.items():
+            kept = self._amaxes.setdefault(key, [])
+            kept.extend([amax for amax in amaxes if not any(amax is other for other in kept)])
 
     def take_nonfinite(self) -> list[tuple[str, str]]:
         """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""
-        taken, self._amaxes = self._amaxes, {}
+        taken = self.take_noted()
         if not taken:
             return []
         finite = torch.isfinite(torch.stack([amax for amaxes in taken.values() for amax in amaxes])).tolist()
@@ -80,29 +91,35 @@ class TrainingClock:
         self.step = 0
         self.num_tokens_per_step = num_tokens_per_step
         self.watch = OperandWatch()
-        self._microbatch: ContextVar[int] = ContextVar("metis_microbatch", default=0)
+        self._microbatch: ContextVar[tuple[int, Tensor | None]] = ContextVar(
+            "metis_microbatch", default=(0, None)
+        )
 
     def __getstate__(self) -> dict[str, int]:
         # A ContextVar can be neither copied nor pickled; a copied clock gets one of its own.
-        state = {**vars(self), "_microbatch": self._microbatch.get()}
+        state = {**vars(self), "_microbatch": self._microbatch.get()[0]}
         del state["watch"]
         return state
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(state["seed"], state["num_tokens_per_step"])  # type: ignore[misc]
         self.step = state["step"]
-        self._microbatch.set(state["_microbatch"])
+        self._microbatch.set((state["_microbatch"], None))
 
     def begin_step(self, step: int, num_tokens_per_step: int) -> None:
         """Enter optimizer step `step`."""
         self.step = step
         self.num_tokens_per_step = num_tokens_per_step
 
-    def begin_microbatch(self, microbatch: int) -> None:
-        """Enter the forward pass of logical microbatch `microbatch` of this step."""
-        self._microbatch.set(microbatch)
+    def begin_microbatch(self, microbatch: int, words: Tensor | None = None) -> None:
+        """Enter the forward pass of logical microbatch `microbatch` of this step.
+
+        words: where kernels read the position, of `NoisePosition`; the caller keeps them current.
+        """
+        self._microbatch.set((microbatch, words))
 
     @property
     def position(self) -> NoisePosition:
         """The position that a forward pass started now belongs to."""
-        return NoisePosition(step=self.step, microbatch=self._microbatch.get())
+        microbatch, words = self._microbatch.get()
+        return NoisePosition(step=self.step, microbatch=microbatch, words=words)

@@ -12,7 +12,7 @@ flags, names only when a flag is set.
 Traps:
 * The engine looks at gradients inside backward and raises on one rank, before an operand could be named and a
   step be skipped. So where a linear of ours exists and the mode is not `ignore`, its check is switched off
-  and made here, after the operands'.
+  and made here, after the operands'; also where it may not look inside backward, which is being captured.
 * The first of many names is where it began: forward before backward, forward from the first stage on,
   backward from the last one. Behind it NaN spreads, so most other names are its consequences.
 """
@@ -64,23 +64,27 @@ class OperandGuard:
     """Asks all ranks for non-finite operands; `is_active` where there is something to ask about."""
 
     def __init__(
-        self, mode: str, model: list[nn.Module], clock: TrainingClock, check_gradients: bool
+        self,
+        mode: str,
+        model: list[nn.Module],
+        clock: TrainingClock,
+        check_gradients: bool,
+        engine_may_check: bool = True,
     ) -> None:
         self.mode, self._model, self._watch = mode, model, clock.watch
         here = torch.tensor([int(bool(recipe_linears(model)))], device=_device())
         dist.all_reduce(here, op=dist.ReduceOp.MAX)
         self.is_active = mode != "ignore" and bool(here.item())
-        self._checks_gradients = check_gradients and self.is_active
+        self._checks_gradients = check_gradients and (self.is_active or not engine_may_check)
         if self._checks_gradients:
             for chunk in model:
                 chunk.ddp_config.check_for_nan_in_grad = False  # type: ignore[union-attr]
 
     def after_backward(self) -> Finding:
         """Return what the step that was just made found, on all ranks; call it before the optimizer."""
-        if not self.is_active:
+        if not self.is_active and not self._checks_gradients:
             return Finding()
-        finding = self._agreed(self._watch.take_nonfinite(), self._checks_gradients)
-        return finding
+        return self._agreed(self._watch.take_nonfinite() if self.is_active else [], self._checks_gradients)
 
     def after_evaluation(self) -> Finding:
         """Return what forward passes without backward found, so that no training step is blamed for it."""

@@ -109,6 +109,12 @@ _MODEL = (
     _opt("--transformer-impl", str, "auto", "norms and attention from Transformer Engine, or torch only",
          "model",
          choices=("auto", "local", "transformer_engine")),
+    _opt("--cuda-graph-impl", str, "none",
+         "local: capture the passes of a step in CUDA graphs and replay them (small models)", "graphs",
+         choices=("none", "local")),
+    _opt("--cuda-graph-scope", str, "full_iteration", "what one graph holds: the passes of a step", "graphs",
+         choices=("full_iteration",)),
+    _opt("--cuda-graph-warmup-steps", int, 3, "steps before the first capture", "graphs", low=1),
     _opt("--spec", str, None,
          "MODULE NAME of a layer spec in place of ours, or of a function of (config, vp_stage) "
          "that returns one", "model", nargs="*"),

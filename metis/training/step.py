@@ -27,6 +27,7 @@ from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
 from metis.schedule import all_uses
 from metis.training.batches import batch_on_this_cp_rank
+from metis.training.graphs import IS_LOCAL, POSITION_WORDS, StepGraphs
 from metis.training.model import recipes_by_phase
 from metis.training.operand_guard import (
     Finding,
@@ -96,7 +97,13 @@ class StepRunner:
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
         check_gradients = args.check_for_nan_in_loss_and_grad
-        self.guard = OperandGuard(args.nonfinite_operands, model, clock, check_gradients)
+        is_graphed = args.cuda_graph_impl == "local"
+        self.guard = OperandGuard(
+            args.nonfinite_operands, model, clock, check_gradients, engine_may_check=not is_graphed
+        )
+        self._passes = partial(self._run_schedule, forward_only=False)
+        if is_graphed:
+            self._passes = StepGraphs(args, model, clock, self._passes, args.cuda_graph_warmup_steps)
         self.quantization = QuantizationLog(args.log_quantization_interval, model, clock)
 
     def _forward_step(self, data_iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
@@ -104,12 +111,12 @@ class StepRunner:
         self.timers("batch-generator", log_level=2).start()
         batch = next(data_iterator)
         self.timers("batch-generator").stop()
-        self.clock.begin_microbatch(int(batch["first_sample"]) // self.args.micro_batch_size)
-        batch = batch_on_this_cp_rank(
-            batch,
-            parallel_state.get_context_parallel_rank(),
-            parallel_state.get_context_parallel_world_size(),
+        self.clock.begin_microbatch(
+            int(batch["first_sample"]) // self.args.micro_batch_size, batch.get(POSITION_WORDS)
         )
+        if IS_LOCAL not in batch:
+            cp_rank = parallel_state.get_context_parallel_rank()
+            batch = batch_on_this_cp_rank(batch, cp_rank, parallel_state.get_context_parallel_world_size())
         fields = {name: batch.get(name) for name in BATCH_FIELDS}
         if self.args.device == "cuda":
             fields = {k: None if v is None else v.cuda(non_blocking=True) for k, v in fields.items()}
@@ -140,7 +147,7 @@ class StepRunner:
         self._zero_gradients()
         self.quantization.begin_step(iteration)
         try:
-            reports = self._run_schedule(data_iterator, num_microbatches, forward_only=False)
+            reports = self._passes(data_iterator, num_microbatches)
         except RuntimeError as error:
             if "Unexpected result" in str(error) or "found NaN" in str(error):
                 detail = re.search(r"message='([^']*)'", str(error))

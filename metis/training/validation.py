@@ -31,6 +31,7 @@ from metis.training.validation_run import (
     check_checkpoint,
     check_data,
     check_environment,
+    check_graphs,
     check_precision,
     check_recompute,
     check_schedule,
@@ -60,6 +61,7 @@ def validate_args(args: Namespace, world_size: int) -> None:
     check_schedule(args)
     check_precision(args)
     check_recompute(args)
+    check_graphs(args)
     check_environment(args)
     check_data(args)
     check_checkpoint(args)

@@ -151,6 +151,29 @@ def check_precision(args: Namespace) -> None:
     args.params_dtype_name = next((name for name, chosen in names.items() if chosen), "fp32")
 
 
+def check_graphs(args: Namespace) -> None:
+    """A captured step asks the device nothing and is whole on every rank."""
+    if args.cuda_graph_impl == "none":
+        for name in ("cuda_graph_scope", "cuda_graph_warmup_steps"):
+            if name in args.given:
+                warn(args, f"--{name.replace('_', '-')} has no effect without --cuda-graph-impl local")
+        return
+    reason = "must not be combined with --cuda-graph-impl local"
+    for option, is_there, why in (
+        ("--device", args.device == "cpu", "which needs a GPU"),
+        ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size > 1, "which captures no stages"),
+        ("--recompute-granularity", args.recompute_granularity is not None, "which saves no random states"),
+        ("--attention-dropout", args.attention_dropout > 0.0, "which draws no random numbers; set it to 0"),
+        ("--hidden-dropout", args.hidden_dropout > 0.0, "which draws no random numbers; set it to 0"),
+        ("--fp16", args.fp16, "which scales no losses; use --bf16"),
+        ("--overlap-grad-reduce", args.overlap_grad_reduce, "which runs no hooks in backward"),
+        ("--overlap-param-gather", args.overlap_param_gather, "which runs no hooks in forward"),
+        ("--calculate-per-token-loss", args.calculate_per_token_loss, "which reads no token counts"),
+        ("--quantize-kernels", args.quantize_kernels == "torch", "whose plain PyTorch asks the device"),
+    ):
+        require(not is_there, option, f"{reason}, {why}")
+
+
 def check_recompute(args: Namespace) -> None:
     """Full recomputation needs a method and a number, selective takes modules."""
     if args.recompute_activations:

@@ -181,16 +181,34 @@ def test_a_sketch_of_low_rank_is_refilled_beside_regular_ones():
     assert float((gram - torch.eye(state.rank)).abs().max()) < 1e-2  # bf16
 
 
-def test_the_basis_in_use_is_one_object_until_it_changes():
+def test_the_basis_in_use_is_one_tensor_that_is_overwritten():
+    """A captured launch reads it where it was; a version counter tells others that it has changed."""
     model = _trained(Model(1), 7)
     basis = model.layers[0].core.bases["weight"]
     in_use = basis.active
     assert basis.active is in_use and torch.equal(in_use, basis.state.v[:, : basis.state.rank])
     copied = copy.deepcopy(basis)
     assert copied.active is not in_use and torch.equal(copied.active, in_use)
+    before, version = in_use.clone(), in_use._version
     model.step(7)
     model.advance(7)
-    assert basis.active is not in_use and torch.equal(basis.active, basis.state.v[:, : basis.state.rank])
+    assert basis.active is in_use and torch.equal(in_use, basis.state.v[:, : basis.state.rank])
+    assert not torch.equal(in_use, before) and in_use._version > version
+    assert torch.equal(copied.active, before), "a copy has a place of its own"
+
+
+def test_what_was_put_aside_can_be_put_aside_again():
+    """A replayed step leaves the same tensors behind, with new numbers in them."""
+    model = _trained(Model(1), 7)
+    model.step(7)
+    basis = model.layers[0].core.bases["input"]
+    left = basis.take_pending()
+    assert left is not None and basis.take_pending() is None
+    rows = list(left.rows)
+    basis.put_aside(left)
+    taken = basis.take_pending()
+    taken.rows.clear()
+    assert [id(row) for row in left.rows] == [id(row) for row in rows] and rows
 
 
 def test_states_for_a_file_do_not_bring_their_group():

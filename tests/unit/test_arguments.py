@@ -119,6 +119,8 @@ MEGATRON_DEFAULTS = [
     (12, "--profile-step-end"),
     ([0], "--profile-ranks"),
     ("snapshot.pickle", "--memory-snapshot-path"),
+    (3, "--cuda-graph-warmup-steps"),
+    ("none", "--cuda-graph-impl"),
 ]
 # fmt: on
 
@@ -126,6 +128,7 @@ OUR_DEFAULTS = {
     "attention_backend": "auto",
     "transformer_impl": "auto",
     "cp_comm_type": ["all_gather"],
+    "cuda_graph_scope": "full_iteration",
     "distributed_backend": "auto",
     "exit_signal": "SIGTERM",
     "dist_ckpt_optim_fully_reshardable": None,

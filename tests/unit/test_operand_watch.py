@@ -26,3 +26,19 @@ def test_what_nobody_asks_for_does_not_pile_up():
         watch.note_amax("l", "fprop_input", torch.tensor(float(index)))
         watch.note_amax("l", "fprop_weight", same)
     assert sum(map(len, watch._amaxes.values())) <= 33
+
+
+def test_amaxes_that_were_taken_can_be_put_back_again_and_again():
+    """What a captured step noted is noted anew after each replay, with what its memory holds then."""
+    watch, amax = OperandWatch(), torch.tensor(1.0)
+    watch.note_amax("layer", "fprop_input", amax)
+    noted = watch.take_noted()
+    assert watch.take_nonfinite() == []
+    watch.put_back(noted)
+    assert watch.take_nonfinite() == []
+    amax.fill_(float("inf"))
+    watch.put_back(noted)
+    watch.put_back(noted)  # nobody asked in between: not kept twice
+    assert sum(map(len, watch.take_noted().values())) == 1
+    watch.put_back(noted)
+    assert watch.take_nonfinite() == [("layer", "fprop_input")]

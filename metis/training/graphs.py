@@ -1,0 +1,229 @@
+"""`--cuda-graph-impl local`: forward and backward of a whole step as one CUDA graph, replayed step after
+step.
+
+One idea: with small models the host is slower than the GPU, and a replay costs the host one call. What
+differs between two steps sits in memory that the graph reads: the batches, the position that random bits are
+drawn for, the weights, the bases in use. What differs in the sequence of kernels makes another *kind* of step
+with a graph of its own: a number of microbatches, a batch layout, recipes, which bases exist, which are
+sketched. The first steps, and the first step of every kind, run as they always do.
+
+A step leaves things behind in Python while it is captured: reports, amaxes noted by the watch, rows put aside
+for the next bases. They are kept with the graph and handed out again after every replay, when their memory
+holds the new step's numbers.
+
+Traps:
+* Nothing may ask the device inside a step: no dropout, no recomputation (both read generator states), no loss
+  scaling, no check of gradients inside backward (`metis.training.operand_guard` makes it afterwards).
+* Bases are overwritten in place (`OperandBasis.active`), parameters and gradient buffers never move.
+* All graphs share one memory pool: what a replay left behind is gone after the next one.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.utils import get_model_config
+from torch import Tensor, nn
+
+from metis.bases import OperandBasis
+from metis.clock import TrainingClock
+from metis.errors import ConfigError
+from metis.kernels.arguments import as_signed
+from metis.mcore.state import recipe_linears
+from metis.renewal import Pending
+from metis.training.batches import batch_on_this_cp_rank
+
+IS_LOCAL = "is_local"
+"""Field of a batch that holds this context-parallel rank's part already."""
+
+POSITION_WORDS = "position_words"
+"""Field of a staged batch: int32 [2] on the device, microbatch and step, of `metis.rng.NoisePosition`."""
+
+MAX_KINDS = 8
+"""Graphs that are kept; further kinds of steps run without one. Those of recipes and bases that have gone are
+let go of."""
+
+Batch = dict[str, Any]
+Reports = list[dict[str, Tensor]]
+Schedule = Callable[[Iterator[Batch], int], Reports]
+"""Runs forward and backward of so many microbatches."""
+
+
+@dataclass(slots=True)
+class _Staged:
+    """Where batches of one layout lie for graphs to read: fields of each microbatch; words: int32 [n, 2]."""
+
+    batches: list[Batch]
+    words: Tensor
+
+    def fill(self, batches: list[Batch], microbatches: list[int], step: int) -> None:
+        """Copy what a step reads; asynchronous where the batches are pinned."""
+        rows = [[as_signed(microbatch), as_signed(step)] for microbatch in microbatches]
+        self.words.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
+        for target, batch in zip(self.batches, batches, strict=True):
+            for name, value in target.items():
+                if isinstance(value, Tensor) and name != POSITION_WORDS:
+                    value.copy_(batch[name], non_blocking=True)
+
+
+@dataclass(slots=True)
+class _Captured:
+    """A graph, and what the captured step left behind in Python."""
+
+    graph: torch.cuda.CUDAGraph
+    reports: Reports
+    amaxes: dict[tuple[str, str], list[Tensor]]
+    pending: list[tuple[OperandBasis, Pending]]
+
+
+@dataclass(slots=True)
+class StepGraphs:
+    """Runs the passes of training steps, by graphs once they are warm.
+
+    run: the schedule as it is without graphs. num_warmup_steps: steps of this process that run so whatever
+    they are.
+    """
+
+    args: Namespace
+    model: list[nn.Module]
+    clock: TrainingClock
+    run: Schedule
+    num_warmup_steps: int
+    _kinds: dict[tuple[Any, ...], _Captured | None] = field(default_factory=dict)
+    _staged: dict[tuple[Any, ...], _Staged] = field(default_factory=dict)
+    _owners: tuple[Any, ...] = ()
+    _num_steps: int = 0
+    _pool: Any = None
+    _stream: Any = None
+
+    def __post_init__(self) -> None:
+        if self.args.device != "cuda":
+            raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
+
+    def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
+        """Run the passes of one step of `num_microbatches` microbatches."""
+        batches = [self._local(next(data_iterator)) for _ in range(num_microbatches)]
+        self._num_steps += 1
+        kind, is_observed = self._kind(batches), self.clock.watch.observer is not None
+        if is_observed or kind not in self._kinds or self._num_steps <= self.num_warmup_steps:
+            if not is_observed and len(self._kinds) < MAX_KINDS:
+                self._kinds.setdefault(kind, None)
+            return self.run(iter(batches), num_microbatches)
+        staged = self._stage(batches)
+        captured = self._kinds[kind]
+        if captured is None:
+            captured = self._kinds[kind] = self._capture(staged)
+        return self._replay(captured)
+
+    @staticmethod
+    def _local(batch: Batch) -> Batch:
+        cp_rank = parallel_state.get_context_parallel_rank()
+        cp_size = parallel_state.get_context_parallel_world_size()
+        return batch_on_this_cp_rank(batch, cp_rank, cp_size) | {IS_LOCAL: True}
+
+    def _kind(self, batches: list[Batch]) -> tuple[Any, ...]:
+        """Return what decides which kernels run, for the recipes and bases in use.
+
+        Asks every basis for its place, which writes a new one there. Graphs that read other places go.
+        """
+        cores = [linear.core for linear in recipe_linears(self.model)]
+        bases = [basis for core in cores for basis in core.bases.values()]
+        owners = (
+            *(core.recipe for core in cores), *(core.weights for core in cores), *(b.active for b in bases)
+        )  # fmt: skip
+        if not _are_same(owners, self._owners):
+            self._kinds.clear()
+            self._owners = owners
+        sketched = tuple(basis.wants_sketch(self.clock.step) for basis in bases)
+        return tuple(map(_layout, batches)), self.clock.num_tokens_per_step, sketched
+
+    def _stage(self, batches: list[Batch]) -> _Staged:
+        layout = tuple(map(_layout, batches))
+        staged = self._staged.get(layout)
+        if staged is None:
+            words = torch.zeros(len(batches), 2, dtype=torch.int32, device="cuda")
+            rows = [
+                {
+                    name: torch.empty_like(value, device="cuda") if isinstance(value, Tensor) else value
+                    for name, value in batch.items()
+                }
+                | {POSITION_WORDS: row}
+                for batch, row in zip(batches, words, strict=True)
+            ]
+            staged = self._staged[layout] = _Staged(rows, words)
+        size = self.args.micro_batch_size
+        staged.fill(batches, [int(batch["first_sample"]) // size for batch in batches], self.clock.step)
+        return staged
+
+    def _capture(self, staged: _Staged) -> _Captured:
+        watch = self.clock.watch
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        bases = [b for linear in recipe_linears(self.model) for _, b in linear.core.own_bases()]
+        for basis in bases:
+            basis.take_pending()
+        before = watch.take_noted()
+        graph = torch.cuda.CUDAGraph()
+        dist.barrier()
+        torch.cuda.synchronize()
+        try:
+            with (
+                _quiet_engine(self.model),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                reports = self.run(iter(staged.batches), len(staged.batches))
+        except RuntimeError as error:
+            raise ConfigError(
+                "--cuda-graph-impl",
+                f"must be none for this run: a step cannot be captured ({str(error).splitlines()[0]})",
+            ) from error
+        pending = [(basis, left) for basis in bases if (left := basis.take_pending()) is not None]
+        captured = _Captured(graph, reports, watch.take_noted(), pending)
+        watch.put_back(before)
+        return captured
+
+    def _replay(self, captured: _Captured) -> Reports:
+        captured.graph.replay()
+        self.clock.watch.put_back(captured.amaxes)
+        for basis, left in captured.pending:
+            basis.put_aside(left)
+        return captured.reports
+
+
+def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _layout(batch: Batch) -> tuple[Any, ...]:
+    return tuple(
+        (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name,)
+        for name, value in sorted(batch.items())
+    )
+
+
+@contextmanager
+def _quiet_engine(model: list[nn.Module]) -> Iterator[None]:
+    """Keep the engine from reading clocks and generator states, which a capture does not allow.
+
+    Sequence parallelism enters a stream of random numbers that nothing draws from, since dropout is off.
+    """
+    configs, tracker = [get_model_config(chunk) for chunk in model], tensor_parallel.get_cuda_rng_tracker()
+    timers = [config.timers for config in configs]
+    tracker.fork = lambda *name: nullcontext()
+    for config in configs:
+        config.timers = None
+    try:
+        yield
+    finally:
+        del tracker.fork
+        for config, kept in zip(configs, timers, strict=True):
+            config.timers = kept
