@@ -15,6 +15,7 @@ Traps:
 * Nothing may ask the device inside a step: no dropout, no recomputation (both read generator states), no loss
   scaling, no check of gradients inside backward (`metis.training.operand_guard` makes it afterwards).
 * Bases are overwritten in place (`OperandBasis.active`), parameters and gradient buffers never move.
+* The model is built, and everything runs, on a stream that is not the default one (`initialize`).
 * All graphs share one memory pool: what a replay left behind is gone after the next one.
 """
 
@@ -101,7 +102,6 @@ class StepGraphs:
     _owners: tuple[Any, ...] = ()
     _num_steps: int = 0
     _pool: Any = None
-    _stream: Any = None
 
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
@@ -165,7 +165,7 @@ class StepGraphs:
     def _capture(self, staged: _Staged) -> _Captured:
         watch = self.clock.watch
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
         bases = [b for linear in recipe_linears(self.model) for _, b in linear.core.own_bases()]
         for basis in bases:
             basis.take_pending()
@@ -177,14 +177,17 @@ class StepGraphs:
             with (
                 _quiet_engine(self.model),
                 torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                    graph,
+                    pool=self._pool,
+                    stream=torch.cuda.current_stream(),
+                    capture_error_mode="thread_local",
                 ),
             ):
                 reports = self.run(iter(staged.batches), len(staged.batches))
         except RuntimeError as error:
             raise ConfigError(
                 "--cuda-graph-impl",
-                f"must be none for this run: a step cannot be captured ({str(error).splitlines()[0]})",
+                f"must be none for this run: a step cannot be captured ({_first_line(error)})",
             ) from error
         pending = [(basis, left) for basis in bases if (left := basis.take_pending()) is not None]
         captured = _Captured(graph, reports, watch.take_noted(), pending)
@@ -197,6 +200,13 @@ class StepGraphs:
         for basis, left in captured.pending:
             basis.put_aside(left)
         return captured.reports
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what went wrong first; the end of a capture that has failed fails too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

@@ -102,6 +102,10 @@ def initialize(args: Namespace) -> None:
     if args.exact_reductions:
         megatron_patches.patch_exact_grad_norm()
     _initialize_distributed(args)
+    if args.cuda_graph_impl == "local" and args.device == "cuda":
+        # Autograd adds gradients on the stream that the model was built on, and the default one can be part
+        # of no capture: so everything runs on another.
+        torch.cuda.set_stream(torch.cuda.Stream())
     _set_seeds(args)
     if args.deterministic_mode:
         # cuBLAS repeats its bits only with a fixed workspace, read when the first matrix is multiplied.
