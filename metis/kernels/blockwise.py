@@ -37,23 +37,28 @@ from metis.kernels.arguments import (
     rotation_of,
 )
 from metis.kernels.elementary import (
-    E2M1_SIGN_BIT,
     E4M3_MAX,
     E8M0_NAN_BYTE,
     EXPONENT_BITS,
     RECIPROCAL_6,
     block_encode_scale,
+    code_bits,
+    code_of,
     e4m3_byte,
     e4m3_value,
     e8m0_value,
+    exact_bf16_bits,
+    larger_magnitude,
     load_float32,
     magnitude_bits,
+    operand_of_codes,
     random_integers,
     rotate_tile,
     round_to_e2m1,
+    round_to_e2m1_stochastic,
     round_to_e4m3,
-    sign_bits,
     tensor_scales,
+    with_sign,
 )
 from metis.kernels.launching import Key, Launcher, Prepared, layout
 from metis.kernels.scales import write_gemm_scales
@@ -121,15 +126,31 @@ def load_tile(
     cols = tl.arange(0, TILE_C)
     base = x + row_start.to(tl.int64) * stride_r + col_start.to(tl.int64) * stride_c
     mask = (row_start + rows < num_rows)[:, None] & (col_start + cols < num_cols)[None, :]
-    tile = load_float32(base, rows[:, None] * stride_r + cols[None, :] * stride_c, mask, IS_BF16)
+    tile = load_float32(base, rows[:, None] * stride_r + cols[None, :] * stride_c, mask, IS_BF16, NATIVE)
     if ROTATION > 0:
         tile = rotate_tile(tile, signs, rotation_scale, ROTATION, NATIVE, TILE_R, TILE_C)
     return tile
 
 
 @triton.jit
-def block_amax(x, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
-    """Return `max |x|` per block, fp32 [TILE_R / BLOCK_R, TILE_C / BLOCK_C]; NaN propagates."""
+def block_amax(
+    x,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+    NATIVE: tl.constexpr = False,
+):
+    """Return `max |x|` per block, fp32 [TILE_R / BLOCK_R, TILE_C / BLOCK_C]; NaN propagates.
+
+    NATIVE: on a GPU, which takes absolute values for nothing; the interpreter is quick with integers only.
+    """
+    if NATIVE:
+        largest = tl.reduce(tl.reshape(x, [TILE_R, TILE_C // BLOCK_C, BLOCK_C]), 2, larger_magnitude)
+        if BLOCK_R > 1:
+            largest = tl.reduce(tl.reshape(largest, [TILE_R // BLOCK_R, BLOCK_R, TILE_C // BLOCK_C]), 1,
+                                larger_magnitude)  # fmt: skip
+        return largest
     bits = tl.max(tl.reshape(magnitude_bits(x), [TILE_R, TILE_C // BLOCK_C, BLOCK_C]), axis=2)
     if BLOCK_R > 1:
         bits = tl.max(tl.reshape(bits, [TILE_R // BLOCK_R, BLOCK_R, TILE_C // BLOCK_C]), axis=1)
@@ -141,15 +162,23 @@ def times_blocks(
     x, factor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr
 ):
     """Multiply a tile by one factor per block."""
-    if BLOCK_R > 1:
-        factor = tl.broadcast_to(factor[:, None, :], [TILE_R // BLOCK_R, BLOCK_R, TILE_C // BLOCK_C])
-        factor = tl.reshape(factor, [TILE_R, TILE_C // BLOCK_C])
-    product = tl.reshape(x, [TILE_R, TILE_C // BLOCK_C, BLOCK_C]) * factor[:, :, None]
-    return tl.reshape(product, [TILE_R, TILE_C])
+    return x * spread_blocks(factor, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
 
 
 @triton.jit
-def nvfp4_scales(block_amax, amax, SCALE_RULE: tl.constexpr):
+def spread_blocks(
+    factor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr
+):
+    """Return a tile with the number of its block in every place."""
+    if BLOCK_R > 1:
+        factor = tl.broadcast_to(factor[:, None, :], [TILE_R // BLOCK_R, BLOCK_R, TILE_C // BLOCK_C])
+        factor = tl.reshape(factor, [TILE_R, TILE_C // BLOCK_C])
+    factor = tl.broadcast_to(factor[:, :, None], [TILE_R, TILE_C // BLOCK_C, BLOCK_C])
+    return tl.reshape(factor, [TILE_R, TILE_C])
+
+
+@triton.jit
+def nvfp4_scales(block_amax, amax, SCALE_RULE: tl.constexpr, NATIVE: tl.constexpr):
     """Return (byte, scale, encode scale) of every block, in the order of `metis.quantize.nvfp4`."""
     tensor_encode, tensor_decode = tensor_scales(amax, _TARGET)
     raw = block_amax * (tensor_encode * RECIPROCAL_6)
@@ -159,7 +188,7 @@ def nvfp4_scales(block_amax, amax, SCALE_RULE: tl.constexpr):
     if SCALE_RULE == _NVFP4_UP:
         byte = tl.where(scale < raw, byte + 1, byte)
         scale = e4m3_value(byte)
-    return byte, scale, block_encode_scale(scale, tensor_decode)
+    return byte, scale, block_encode_scale(scale, tensor_decode, NATIVE)
 
 
 @triton.jit
@@ -212,20 +241,30 @@ def encode_tile(
     TILE_C: tl.constexpr,
 ):
     """Find block scales of a tile in registers, round it and write what was asked for."""
-    maxima = block_amax(tile, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+    random = 0
+    if NUM_RANDOM_BITS > 0:
+        # First: this is done while the tile is on its way.
+        random = random_integers(tokens, features, row_start, col_start, num_rows, num_cols, key_0, key_1,
+                                 position, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, TILE_R,
+                                 TILE_C)  # fmt: skip
+    maxima = block_amax(tile, BLOCK_R, BLOCK_C, TILE_R, TILE_C, NATIVE)
     if SCALE_RULE >= _MXFP4_STANDARD:
         byte, scale, encode = mxfp4_scales(maxima, SCALE_RULE)
     else:
-        byte, scale, encode = nvfp4_scales(maxima, tl.load(amax), SCALE_RULE)
-    random = 0
+        byte, scale, encode = nvfp4_scales(maxima, tl.load(amax), SCALE_RULE, NATIVE)
+    # A zero that is positive: the sign of a code is that of a strictly negative number.
+    y = times_blocks(tile, encode, BLOCK_R, BLOCK_C, TILE_R, TILE_C) + 0.0
     if NUM_RANDOM_BITS > 0:
-        random = random_integers(tokens, features, row_start, col_start, num_rows, num_cols, key_0, key_1,
-                                 position, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, TILE_R,
-                                 TILE_C)  # fmt: skip
-    y = times_blocks(tile, encode, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
-    value, code = round_to_e2m1(y, random, NUM_RANDOM_BITS, NATIVE)
-    write_outputs(value, code, y, scale, byte, packed, scale_bytes, operand, row_start, col_start, num_rows,
-                  num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
+        bits = round_to_e2m1_stochastic(y, random, NUM_RANDOM_BITS, NATIVE)
+        scales = spread_blocks(scale, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
+        number = operand_of_codes(bits, scales, NATIVE and SCALE_RULE < _MXFP4_STANDARD)
+    else:
+        value = with_sign(round_to_e2m1(y), y)
+        bits = code_bits(value)
+        # The upper half of the bits is the bf16 number, exactly; a NaN is NaN through its scale.
+        number = exact_bf16_bits(times_blocks(value, scale, BLOCK_R, BLOCK_C, TILE_R, TILE_C))
+    write_outputs(number, code_of(bits), y, byte, packed, scale_bytes, operand, row_start, col_start,
+                  num_rows, num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
                   NAN_CODE if NUM_RANDOM_BITS > 0 else 0, NARROW, WANT_PACKED, WANT_OPERAND,
                   TILE_R, TILE_C)  # fmt: skip
 
@@ -286,10 +325,9 @@ def _quantize_kernel(
 
 @triton.jit
 def write_outputs(
-    value,
+    number,
     code,
     y,
-    scale,
     byte,
     packed,
     scale_bytes,
@@ -311,18 +349,14 @@ def write_outputs(
 ):
     """Write operand, codes and scale bytes of a tile.
 
-    value, code: magnitudes of `round_to_e2m1`; y: what was rounded, for its sign. scale, byte: per block.
+    number: bf16 bits, int16. code: 0..15, int32. y: what was rounded. byte: per block.
     """
-    sign = sign_bits(y)
     if WANT_OPERAND:
-        # A NaN is NaN through its scale; the upper half of the bits is the bf16 number, exactly.
-        decoded = times_blocks(value, scale, BLOCK_R, BLOCK_C, TILE_R, TILE_C)
-        bits = (decoded.to(tl.int32, bitcast=True) | sign) >> 16
-        store_tile(operand, bits.to(tl.int16), row_start, col_start, num_rows, num_cols, operand_stride_r,
+        store_tile(operand, number, row_start, col_start, num_rows, num_cols, operand_stride_r,
                    operand_stride_c, TILE_R, TILE_C, NARROW)  # fmt: skip
     if WANT_PACKED:
         # y is NaN where its block's scale is, and nowhere else.
-        code = tl.where(y == y, code | ((sign >> 28) & E2M1_SIGN_BIT), CODE_OF_NAN)
+        code = tl.where(y == y, code, CODE_OF_NAN)
         low, high = tl.split(tl.reshape(code, [TILE_R, TILE_C // 2, 2]))
         store_tile(packed, (low | (high << 4)).to(tl.uint8), row_start, col_start // 2, num_rows,
                    num_cols // 2, num_cols // 2, 1, TILE_R, TILE_C // 2)  # fmt: skip

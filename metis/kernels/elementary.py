@@ -1,12 +1,13 @@
 """Device functions that every kernel is made of: loading, rounding, scales, random words, rotation.
 
-One idea: nearest rounding onto a grid with spacing d is `(m + M) - M` with `M = 1.5 * 2^23 * d`: the sum's
-last place is d, and fp32 addition rounds to nearest even. d is half (E2M1) or an eighth (E4M3) of the power
-of two below m, held at the smallest normal number. The low bits of the sum count multiples of d, which is the
-code.
+One idea: nearest rounding onto a grid with spacing d is `(m + M) - M`, where the last place of M and of the
+sum is d and M is an even multiple of it: fp32 addition rounds to nearest even. d is half (E2M1) or an eighth
+(E4M3) of the power of two below m, held at the smallest normal number. E2M1 is fp32 with fewer bits: an
+E2M1 number times 2^-126 has its code in the upper bits, subnormal where E2M1 is.
 
 Traps:
-* Launch with `enable_fp_fusion=False`: an FMA would skip the rounding between product and sum.
+* Launch with `enable_fp_fusion=False`: an FMA would skip the rounding between product and sum. Those written
+  here are exact in the product, so that they give the bits of the two operations apart.
 * `/` is approximate on a GPU, `div_rn` is not. Plain minimum and maximum drop NaN; where it must survive,
   `propagate_nan` says so. Magnitudes are compared as integers, where NaN is the largest.
 * Bf16 is loaded, rounded and stored as integers: the interpreter truncates when casting (and rounds to E4M3
@@ -38,16 +39,26 @@ MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 SIGN_BITS = tl.constexpr(-0x80000000)
 EXPONENT_BITS = tl.constexpr(0x7F800000)
 QUIET_NAN_BITS = tl.constexpr(0x7FC00000)
-E2M1_MAGIC = tl.constexpr(1.5 * 2.0**22)
-"""Times the power of two below m: 1.5 * 2^23 steps of half of it."""
+E2M1_MAGIC = tl.constexpr(2.0**22)
+"""Times m: what has half of the power of two below m in its last place."""
+E2M1_TO_CODE = tl.constexpr(2.0**-126)
+"""Takes E2M1's smallest normal number, 1, to that of fp32."""
+CODE_TO_E2M1 = tl.constexpr(2.0**126)
+CODE_SHIFT = tl.constexpr(22)
+CODE_BITS = tl.constexpr(-1 << 22)
+"""Sign and code in the bits of 2^-126 v."""
 E4M3_MAGIC = tl.constexpr(1.5 * 2.0**20)
 """Times the power of two below m: 1.5 * 2^23 steps of an eighth of it."""
 
 
 @triton.jit
-def load_float32(pointer, offsets, mask, IS_BF16: tl.constexpr):
-    """Load fp32, fp16 or (as int16) bf16 numbers as fp32; zero outside the mask."""
+def load_float32(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.constexpr = False):
+    """Load fp32, fp16 or (as int16) bf16 numbers as fp32; zero outside the mask. NATIVE: on a GPU."""
     raw = tl.load(pointer + offsets, mask=mask, other=0)
+    if IS_BF16 and NATIVE:
+        # Two at a time: the upper one is there already.
+        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=r,=r,r", [raw],
+                                         dtype=tl.float32, is_pure=True, pack=2)  # fmt: skip
     if IS_BF16:
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return raw.to(tl.float32)
@@ -63,6 +74,12 @@ def as_int_pointer(pointer):
 def magnitude_bits(x):
     """Return the fp32 bits of |x| as int32: ordered as the magnitudes are, NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & MAGNITUDE_BITS
+
+
+@triton.jit
+def larger_magnitude(a, b):
+    """Return `max(|a|, |b|)`, fp32; NaN when either is."""
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -94,59 +111,94 @@ def power_of_two_bits(x):
 
 
 @triton.jit
-def add_toward_zero(a, b, NATIVE: tl.constexpr):
-    """Return fp32 a + b >= 0 cut off instead of rounded; b is 0 or above a. NATIVE: on a GPU."""
-    if NATIVE:
-        total = tl.inline_asm_elementwise("add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32,
-                                          is_pure=True, pack=1)  # fmt: skip
-    else:
-        total = a + b
-        too_far = (total - b > a).to(tl.int32)  # exact: b is the larger one, or nothing was rounded
-        total = (total.to(tl.int32, bitcast=True) - too_far).to(tl.float32, bitcast=True)
-    return total
+def round_to_e2m1(y):
+    """Round fp32 to the nearest E2M1 number, ties to even; returns the magnitude, fp32.
 
+    Twin of `metis.rounding.round_to_e2m1_rne` but for the sign, and for NaN, which gives 6: what comes of it
+    is decided per block.
 
-@triton.jit
-def round_to_e2m1(y, random_integer, NUM_RANDOM_BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Round fp32 onto E2M1: nearest even for NUM_RANDOM_BITS = 0, else stochastically.
-
-    Returns (magnitude fp32, its code 0..7 int32). Twin of `metis.rounding.round_to_e2m1_rne` and
-    `_stochastic` but for NaN, which gives 6: what comes of it is decided per block.
-
-    Stochastic: the random integer is added below the last bit that the grid keeps and carries into it with
-    probability `floor(2^b f) / 2^b`. With up to 16 bits that is done on the bits of an fp32 number in [1, 8):
-    the magnitude itself, or 1 more than it where it is below 1, cut off at 2^-23 (the grid step is 2^-1, so
-    no bit of `floor(2^16 f)` is lost). With 24 bits it takes fixed point.
+    Of m in [1.5, 6], the product `M = 2^22 m` has the grid's step in its last place, as has `M - m` (where
+    that falls below a power of two, it is finer, and the grid's number is the power of two itself). M is an
+    even multiple where m lies between two numbers of the grid. Below 1.5 the step is that at 1.5.
     """
     magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
-    if NUM_RANDOM_BITS == 0:
-        power = power_of_two_bits(tl.maximum(magnitude, 1.0))
-        magic = power.to(tl.float32, bitcast=True) * E2M1_MAGIC
-        shifted = magnitude + magic
-        value = shifted - magic
-        # Two codes further for each doubling of the step.
-        code = (shifted.to(tl.int32, bitcast=True) & 0xF) + ((power >> 22) - 254)
-    elif NUM_RANDOM_BITS <= 16:
-        offset = tl.where(magnitude < 1.0, 1.0, 0.0)
-        bits = add_toward_zero(magnitude, offset, NATIVE).to(tl.int32, bitcast=True)
-        bits = (bits + (random_integer << (22 - NUM_RANDOM_BITS))) & -0x400000
-        value = bits.to(tl.float32, bitcast=True) - offset
-        code = (bits >> 22) - tl.where(magnitude < 1.0, 254, 252)
-    else:
-        power = power_of_two_bits(tl.maximum(magnitude, 1.0))
-        # The exponent field 255 - e of 2 / power: exponents of power and of its inverse add up to 254.
-        inverse_step = (power ^ EXPONENT_BITS).to(tl.float32, bitcast=True)
-        fixed = (magnitude * inverse_step * (2.0**NUM_RANDOM_BITS)).to(tl.int32)
-        multiple = (fixed + random_integer) >> NUM_RANDOM_BITS
-        value = multiple.to(tl.float32) * (power.to(tl.float32, bitcast=True) * 0.5)
-        code = multiple + ((power >> 22) - 254)
-    return value, code
+    wide = tl.maximum(magnitude, 1.5)
+    return tl.fma(wide, E2M1_MAGIC, tl.fma(wide, -E2M1_MAGIC, magnitude))
 
 
 @triton.jit
-def sign_bits(y):
-    """Return the sign bit of a strictly negative fp32 number, int32; 0 for -0.0."""
-    return (y + 0.0).to(tl.int32, bitcast=True) & SIGN_BITS
+def code_bits(value):
+    """Return the bits of 2^-126 v, int32, of an E2M1 number v (fp32): `code << 22`, and v's sign."""
+    return (value * E2M1_TO_CODE).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def code_of(bits):
+    """Return the code 0..15, int32, of `code_bits`."""
+    return ((bits >> CODE_SHIFT) & 7) | ((bits >> 28) & E2M1_SIGN_BIT)
+
+
+@triton.jit
+def round_to_e2m1_stochastic(y, random_integer, NUM_RANDOM_BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """Round fp32 to one of the E2M1 numbers beside it; returns `code_bits`, int32, bits below it undefined.
+
+    Twin of `metis.rounding.round_to_e2m1_stochastic` but for NaN, which gives 6 of either sign. The sign is
+    that of y: give it a zero that is positive. NATIVE: on a GPU.
+
+    The random integer is added below the last bit that the grid keeps and carries into it with probability
+    `floor(2^b f) / 2^b`. With up to 16 bits that is done on the bits of `2^-126 m`, cut off: by 2^-22 grid
+    steps or less, so no bit of `floor(2^16 f)` is lost. With 24 bits it takes fixed point.
+    """
+    if NUM_RANDOM_BITS <= 16 and NATIVE:
+        bits = tl.inline_asm_elementwise(
+            "{.reg .f32 m; min.xorsign.abs.f32 m, $1, 0f40C00000; mul.rz.f32 $0, m, 0f00800000;}", "=r,f",
+            [y], dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+        bits = bits + (random_integer << (CODE_SHIFT - NUM_RANDOM_BITS))
+    else:
+        magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
+        if NUM_RANDOM_BITS <= 16:
+            scaled = magnitude * E2M1_TO_CODE
+            too_far = (scaled * CODE_TO_E2M1 > magnitude).to(tl.int32)
+            bits = scaled.to(tl.int32, bitcast=True) - too_far
+            bits = bits + (random_integer << (CODE_SHIFT - NUM_RANDOM_BITS))
+        else:
+            power = power_of_two_bits(tl.maximum(magnitude, 1.0))
+            # The exponent field 255 - e of 2 / power: exponents of power and of its inverse add up to 254.
+            inverse_step = (power ^ EXPONENT_BITS).to(tl.float32, bitcast=True)
+            fixed = (magnitude * inverse_step * (2.0**NUM_RANDOM_BITS)).to(tl.int32)
+            multiple = (fixed + random_integer) >> NUM_RANDOM_BITS
+            bits = (multiple + ((power >> CODE_SHIFT) - 254)) << CODE_SHIFT
+        bits = bits | (y.to(tl.int32, bitcast=True) & SIGN_BITS)
+    return bits
+
+
+@triton.jit
+def operand_of_codes(bits, scale, NATIVE: tl.constexpr):
+    """Return the bf16 bits, int16, of v times an E4M3 scale, for what `round_to_e2m1_stochastic` gives.
+
+    scale: fp32, one for each number. NATIVE: on a GPU, two at a time; the upper half of `code_bits` is the
+    bf16 number 2^-126 v, and the scale is multiplied to it in two steps because 2^126 scale is too large.
+    """
+    if NATIVE:
+        stretched = exact_bf16_bits(scale * (2.0**117))
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 both, rest; mov.b32 rest, 0x44004400; prmt.b32 both, $1, $2, 0x7632;"
+            " and.b32 both, both, 0xFFC0FFC0; mul.rn.bf16x2 both, both, $3; mul.rn.bf16x2 $0, both, rest;}",
+            "=r,r,r,r", [bits, stretched], dtype=tl.int16, is_pure=True, pack=2)  # fmt: skip
+    return exact_bf16_bits(value_of_codes(bits) * scale)
+
+
+@triton.jit
+def value_of_codes(bits):
+    """Return v, fp32, for what `round_to_e2m1_stochastic` gives."""
+    return (bits & CODE_BITS).to(tl.float32, bitcast=True) * CODE_TO_E2M1
+
+
+@triton.jit
+def with_sign(magnitude, y):
+    """Return fp32 numbers that are not negative with the signs of y."""
+    sign = y.to(tl.int32, bitcast=True) & SIGN_BITS
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -200,9 +252,18 @@ def tensor_scales(amax, TARGET: tl.constexpr):
 
 
 @triton.jit
-def block_encode_scale(scale, tensor_decode):
+def reciprocal(x, NATIVE: tl.constexpr):
+    """Return fp32 1 / x, rounded to nearest even. NATIVE: on a GPU."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
+                                         pack=1)  # fmt: skip
+    return tl.div_rn(1.0, x)
+
+
+@triton.jit
+def block_encode_scale(scale, tensor_decode, NATIVE: tl.constexpr = False):
     """Return what a block's elements are multiplied by: `min(1 / (scale * S_dec), FLT_MAX)`."""
-    encode = tl.div_rn(1.0, scale * tensor_decode)
+    encode = reciprocal(scale * tensor_decode, NATIVE)
     return tl.minimum(encode, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -245,6 +306,7 @@ def random_integers(
     NUM_RANDOM_BITS: tl.constexpr,
     TOKENS_ARE_COLS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NATIVE: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -277,7 +339,14 @@ def random_integers(
         w0, w1, w2, w3 = philox4x32((feature.to(tl.uint32) // PER_CALL)[None, :], token, c2, c3, k0, k1)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         if WIDTH == 16:
-            words = tl.join(words & 0xFFFF, words >> 16)
+            if NATIVE:
+                # What a compiler sees through it would shift and mask: one instruction more for each.
+                low, high = tl.inline_asm_elementwise(
+                    "prmt.b32 $0, $2, 0, 0x4410; prmt.b32 $1, $2, 0, 0x4432;", "=r,=r,r", [words],
+                    dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)  # fmt: skip
+            else:
+                low, high = words & 0xFFFF, words >> 16
+            words = tl.join(low, high)
         if WIDTH == 8:
             words = tl.join(tl.join(words & 0xFF, (words >> 16) & 0xFF),
                             tl.join((words >> 8) & 0xFF, words >> 24))  # fmt: skip
@@ -315,4 +384,11 @@ def rotate_tile(
             first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
             pairs = tl.join(first + second, first - second)
             x = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), [TILE_R, TILE_C])
-    return round_to_bf16(x * scale, NATIVE)
+    x = x * scale
+    if NATIVE:
+        # As `round_to_bf16`, for who computes with the number: both are taken apart where they lie.
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16;"
+            " and.b32 $1, both, 0xFFFF0000;}", "=r,=r,f,f", [x], dtype=tl.float32, is_pure=True,
+            pack=2)  # fmt: skip
+    return round_to_bf16(x, NATIVE)
