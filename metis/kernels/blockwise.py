@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metis import formats
+from metis.kernels import tuning
 from metis.kernels.arguments import (
     GemmScales,
     KernelNoise,
@@ -74,6 +75,7 @@ _NVFP4_UP = tl.constexpr(NVFP4_UP)
 _MXFP4_STANDARD = tl.constexpr(MXFP4_STANDARD)
 _MXFP4_EVEN = tl.constexpr(MXFP4_EVEN)
 _MXFP4_UP = tl.constexpr(MXFP4_UP)
+_RULE_NAMES = ("nvfp4", "nvfp4 up", "mxfp4", "mxfp4 even", "mxfp4 up")
 
 _STEP_DEPENDENT = ("key_0", "key_1")
 
@@ -96,6 +98,16 @@ def tile_of(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> Tile
         return Tile(rows, min_cols, max(1, rows * min_cols // 2048))
     cols = max(min_cols, min(256, next_power_of_two(x.shape[1])))
     return Tile(max(min_rows, 4096 // cols), cols, 4)
+
+
+def candidates(x: Tensor, block_shape: tuple[int, int], rotation_size: int) -> tuple[tuning.Choice, ...]:
+    """Return the tiles to choose from, that of `tile_of` first."""
+    constant = tile_of(x, block_shape, rotation_size)
+    least = (block_shape[0], max(block_shape[1], rotation_size))
+    return tuning.around(
+        (constant.rows, constant.cols, constant.num_warps), least, tuple(map(next_power_of_two, x.shape)),
+        is_column_major=is_column_major(x),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -450,23 +462,38 @@ def _prepare(
 ) -> Prepared:
     num_rows, num_cols = x.shape
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
-    tile = tile or tile_of(x, block_shape, rotation)
     strides = (0, 0)
     if want_operand:
         strides = empty_operand(x).stride() if operand_out is None else operand_out.stride()
     tokens = features = None
     if noise is not None:
         tokens, features = (indices_of(runs, x.device) for runs in (noise.tokens, noise.features))
-    grid = (ceil_div(num_rows, tile.rows) * ceil_div(num_cols, tile.cols), 1)
+    turned = is_column_major(x)
+    aligned = noise is not None and noise.features_are_aligned(num_random_bits)
     constants = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
-        noise is not None and noise.features_are_aligned(num_random_bits), is_native(x),
-        is_column_major(x), gemm_scales is not None, gemm_scales is not None and gemm_scales.invertible,
-        want_packed, want_operand, tile.rows, tile.cols,
+        aligned, is_native(x), turned, gemm_scales is not None,
+        gemm_scales is not None and gemm_scales.invertible, want_packed, want_operand,
     )  # fmt: skip
     reciprocal = 0.0 if gemm_scales is None else gemm_scales.reciprocal_target
-    return _quantizers.prepare(
-        key, grid, (num_rows, num_cols, *x.stride(), *strides, rotation_scale, reciprocal), constants,
-        (signs, tokens, features), num_warps=tile.num_warps, enable_fp_fusion=False,
+
+    def build(choice: tuning.Choice) -> Prepared:
+        rows, cols, num_warps = choice
+        return _quantizers.prepare(
+            key, (ceil_div(num_rows, rows) * ceil_div(num_cols, cols), 1),
+            (num_rows, num_cols, *x.stride(), *strides, rotation_scale, reciprocal),
+            (*constants, rows, cols), (signs, tokens, features), num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    if tile is not None:
+        return build((tile.rows, tile.cols, tile.num_warps))
+    variant = (
+        _RULE_NAMES[scale_rule], "x".join(map(str, block_shape)), rotation,
+        "rne" if noise is None else f"sr {num_random_bits} {'aligned' if aligned else 'apart'}",
+        tuning.dtype_name(x.dtype),
+        f"{'columns' if turned else 'rows'} to {'columns' if strides[0] < strides[1] else 'rows'}",
+        "+".join(["packed"] * want_packed + ["operand"] * want_operand),
     )  # fmt: skip
+    name = tuning.key_of("quantize", variant, x.shape)
+    return tuning.prepare(name, candidates(x, block_shape, rotation), x.device, build)

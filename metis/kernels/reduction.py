@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metis.errors import ShapeError
-from metis.kernels import tuning
+from metis.kernels import blockwise, tuning
 from metis.kernels.arguments import (
     ceil_div,
     is_column_major,
@@ -23,7 +23,7 @@ from metis.kernels.arguments import (
     require_matrix,
     rotation_of,
 )
-from metis.kernels.blockwise import Tile, load_tile, tile_of
+from metis.kernels.blockwise import Tile, load_tile
 from metis.kernels.elementary import (
     EXPONENT_BITS,
     QUIET_NAN_BITS,
@@ -145,14 +145,10 @@ def amax(
 
 def candidates(x: Tensor, rotation: int) -> tuple[tuning.Choice, ...]:
     """Return the tiles to choose from, the constant first; x: as it is read."""
-    shape = tuple(map(next_power_of_two, x.shape))
     if x.shape[0] == 1 and rotation == 0:
-        return (_FLAT_CANDIDATES[0], *(tile for tile in _FLAT_CANDIDATES[1:] if tile[1] <= shape[1]))
-    constant = tile_of(x, (1, 1), rotation)
-    return tuning.around(
-        (constant.rows, constant.cols, constant.num_warps), (1, max(1, rotation)), shape,
-        is_column_major=is_column_major(x),
-    )  # fmt: skip
+        longest = next_power_of_two(x.shape[1])
+        return (_FLAT_CANDIDATES[0], *(tile for tile in _FLAT_CANDIDATES[1:] if tile[1] <= longest))
+    return blockwise.candidates(x, (1, 1), rotation)
 
 
 def candidates_both(x: Tensor, rotation: int) -> tuple[tuning.Choice, ...]:

@@ -16,11 +16,10 @@ from metis.kernels.arguments import (
     empty_operand,
     is_column_major,
     is_native,
-    next_power_of_two,
     require_matrix,
     rotation_of,
 )
-from metis.kernels.blockwise import Tile, load_tile, store_tile, tile_of
+from metis.kernels.blockwise import Tile, candidates, load_tile, store_tile
 from metis.kernels.elementary import exact_bf16_bits
 from metis.kernels.launching import Key, Launcher, Prepared, layout
 
@@ -69,16 +68,6 @@ def rotate(x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None = None) ->
     return out
 
 
-def candidates(x: Tensor, rotation: int) -> tuple[tuning.Choice, ...]:
-    """Return the tiles to choose from, the constant first."""
-    constant = tile_of(x, (1, 1), rotation)
-    most = tuple(map(next_power_of_two, x.shape))
-    return tuning.around(
-        (constant.rows, constant.cols, constant.num_warps), (1, rotation), most,
-        is_column_major=is_column_major(x),
-    )  # fmt: skip
-
-
 def _prepare(key: Key, x: Tensor, sign_vector: tuple[int, ...], tile: Tile | None) -> Prepared:
     signs, rotation, rotation_scale = rotation_of(sign_vector, x.device)
     require_matrix("rotate", x, (1, 1), sign_vector)
@@ -97,4 +86,4 @@ def _prepare(key: Key, x: Tensor, sign_vector: tuple[int, ...], tile: Tile | Non
         return build((tile.rows, tile.cols, tile.num_warps))
     variant = (rotation, tuning.dtype_name(x.dtype), "columns" if turned else "rows")
     name = tuning.key_of("rotate", variant, x.shape)
-    return tuning.prepare(name, candidates(x, rotation), x.device, build)
+    return tuning.prepare(name, candidates(x, (1, 1), rotation), x.device, build)

@@ -35,7 +35,7 @@ A, B, C = (16, 256, 4), (16, 256, 2), (32, 256, 8)
 
 MAX_CLASSES = 12
 """[11] classes of the matrices of a LLaMA-3-8B block at 2048 to 32768 tokens, in both orientations."""
-MIN_COMPARISONS = 45
+MIN_COMPARISONS = 70
 """Launches with another tile than the constant; fewer means that candidates or cases were lost."""
 
 
@@ -352,7 +352,7 @@ def test_no_candidate_changes_a_bit(interpreted: dict[str, Any]):
 
 def test_every_kernel_asks_and_has_four_to_six_candidates(interpreted: dict[str, Any]):
     kinds = {key.split("/")[0] for key in interpreted["num_candidates"]}
-    assert kinds == {"rotate", "decode", "place", "amax", "amax_both"}
+    assert kinds == {"quantize", "rotate", "decode", "place", "amax", "amax_both"}
     assert all(4 <= number <= 6 for number in interpreted["num_candidates"].values())
 
 
@@ -373,8 +373,18 @@ ROWS, COLS = 48, 528
 def cases() -> dict[str, Callable[[], list[torch.Tensor]]]:
     """Launches of every kernel; each returns all that it writes."""
     x = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(5)).bfloat16()
-    tall = x.t().contiguous().t()
+    tall, square = x.t().contiguous().t(), torch.randn(128, 512).bfloat16()
     amax, signs, q = x.abs().max().float(), RHT_SIGN_VECTOR, kernels.quantize_nvfp4
+    from metis.rng import NoisePosition
+
+    def noise(rows: int, cols: int) -> kernels.KernelNoise:
+        return kernels.KernelNoise(
+            key=(1, 2), position=NoisePosition(3, 4), tokens=((0, rows),), features=((0, cols),)
+        )
+
+    def quantised(matrix: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        output = q(matrix, amax, want_packed=True, **options)
+        return [output.operand, output.packed, output.scale_bytes]
 
     def decoded(block_shape: tuple[int, int], turned: bool) -> list[torch.Tensor]:
         packed = q(x, amax, want_packed=True, block_shape=block_shape)
@@ -392,7 +402,19 @@ def cases() -> dict[str, Callable[[], list[torch.Tensor]]]:
         kernels.place(kernels.Thin(partials, first, True), kernels.Thin(x, second, False), torch.tensor(0.3))
         return [first, second]
 
+    sr = {"rounding": "stochastic"}
     return {
+        "1x16": lambda: quantised(x),
+        "1x16, columns": lambda: quantised(tall),
+        "16x16": lambda: quantised(x, block_shape=(16, 16)),
+        "16x16, columns": lambda: quantised(tall, block_shape=(16, 16)),
+        "1x16, rotated by 64 and stochastic": lambda: quantised(
+            square, sign_vector=(1, -1) * 32, noise=noise(128, 512), **sr
+        ),
+        "1x16, stochastic, columns, 24 bits": lambda: quantised(
+            tall, noise=noise(ROWS, COLS), num_random_bits=24, **sr
+        ),
+        "mxfp4": lambda: [kernels.quantize_mxfp4(square).operand],
         "rotation": lambda: [kernels.rotate(x, signs)],
         "rotation, columns": lambda: [kernels.rotate(tall, signs)],
         "decode": lambda: decoded((1, 16), False),
@@ -409,10 +431,10 @@ def cases() -> dict[str, Callable[[], list[torch.Tensor]]]:
 
 def launchers() -> list[Any]:
     """Return what remembers prepared launches."""
-    from metis.kernels import decoding, placing, reduction, rotation
+    from metis.kernels import blockwise, decoding, placing, reduction, rotation
 
     return [
-        decoding._decoders, placing._places, reduction._amaxes,
+        blockwise._quantizers, decoding._decoders, placing._places, reduction._amaxes,
         reduction._amaxes_both, rotation._rotations,
     ]  # fmt: skip
 
@@ -450,7 +472,7 @@ def compare_candidates() -> dict[str, Any]:
 
 def measure_one() -> dict[str, Any]:
     """Let a rotation choose its tile by a clock that favours one, launch it twice, and read the file."""
-    from metis.kernels import rotation
+    from metis.kernels import blockwise, rotation
     from metis.quantize import random_hadamard
 
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(7)).bfloat16()
@@ -463,7 +485,7 @@ def measure_one() -> dict[str, Any]:
 
     rotation._rotations.prepare = recording
     rotation._rotations._prepared.clear()
-    candidates = rotation.candidates(x, 16)
+    candidates = blockwise.candidates(x, (1, 1), 16)
     favourite, timed = candidates[-1], []
 
     def clock(launch: Callable[[], object]) -> float:
