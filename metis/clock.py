@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ from metis.rng import NoisePosition
 
 _KEPT_AMAXES = 32
 """Amaxes of one operand that wait for their maximum to be taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotedAmaxes:
+    """Amaxes, fp32 [n], and (layer, cell) of each; None for none."""
+
+    keys: list[tuple[str, str]]
+    values: Tensor | None
 
 
 class OperandWatch:
@@ -37,6 +45,7 @@ class OperandWatch:
     def __init__(self) -> None:
         self.observer: Callable[..., None] | None = None
         self._amaxes: dict[tuple[str, str], list[Tensor]] = {}
+        self._put_back: list[NotedAmaxes] = []
 
     def note(self, plan: Any, cell_name: str, source: Tensor | None, split: Any, encoded: Any) -> None:
         """Take in one operand of layer `plan.layer`."""
@@ -55,27 +64,29 @@ class OperandWatch:
         if len(amaxes) >= _KEPT_AMAXES:
             amaxes[:] = [torch.stack(amaxes).amax()]
 
-    def take_noted(self) -> dict[tuple[str, str], list[Tensor]]:
-        """Return the amaxes noted so far, by (layer, cell), and forget them."""
+    def take_noted(self) -> NotedAmaxes:
+        """Return the amaxes noted since they were last taken, in one tensor, and forget them."""
         taken, self._amaxes = self._amaxes, {}
-        return taken
+        keys = [key for key, amaxes in taken.items() for _ in amaxes]
+        values = [amax for amaxes in taken.values() for amax in amaxes]
+        return NotedAmaxes(keys, torch.stack(values) if values else None)
 
-    def put_back(self, noted: dict[tuple[str, str], list[Tensor]]) -> None:
-        """Note amaxes again that `take_noted` returned."""
-        for key, amaxes in noted.items():
-            kept = self._amaxes.setdefault(key, [])
-            kept.extend([amax for amax in amaxes if not any(amax is other for other in kept)])
+    def put_back(self, noted: NotedAmaxes) -> None:
+        """Note again what `take_noted` returned, with what its tensor holds when somebody asks."""
+        if not any(noted is other for other in self._put_back):
+            self._put_back.append(noted)
 
     def take_nonfinite(self) -> list[tuple[str, str]]:
-        """Return (layer, cell) of every operand noted since the last call that held NaN or infinity."""
-        taken = self.take_noted()
-        if not taken:
-            return []
-        finite = torch.isfinite(torch.stack([amax for amaxes in taken.values() for amax in amaxes])).tolist()
-        ends = list(accumulate(map(len, taken.values())))
-        return [
-            key for key, end in zip(taken, ends, strict=True) if not all(finite[end - len(taken[key]) : end])
-        ]
+        """Return (layer, cell) of every operand noted since the last call that held NaN or infinity, in the
+        order in which they were first noted.
+        """
+        taken, self._put_back = [*self._put_back, self.take_noted()], []
+        found: dict[tuple[str, str], None] = {}
+        for noted in taken:
+            if noted.values is not None:
+                flags = torch.isfinite(noted.values).tolist()
+                found |= {key: None for key, good in zip(noted.keys, flags, strict=True) if not good}
+        return list(found)
 
 
 class TrainingClock:

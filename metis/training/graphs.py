@@ -34,7 +34,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from metis.bases import OperandBasis
-from metis.clock import TrainingClock
+from metis.clock import NotedAmaxes, TrainingClock
 from metis.errors import ConfigError
 from metis.kernels.arguments import as_signed
 from metis.mcore.state import recipe_linears
@@ -80,7 +80,7 @@ class _Captured:
 
     graph: torch.cuda.CUDAGraph
     reports: Reports
-    amaxes: dict[tuple[str, str], list[Tensor]]
+    amaxes: NotedAmaxes
     pending: list[tuple[OperandBasis, Pending]]
 
 
@@ -184,13 +184,14 @@ class StepGraphs:
                 ),
             ):
                 reports = self.run(iter(staged.batches), len(staged.batches))
+                amaxes = watch.take_noted()
         except RuntimeError as error:
             raise ConfigError(
                 "--cuda-graph-impl",
                 f"must be none for this run: a step cannot be captured ({_first_line(error)})",
             ) from error
         pending = [(basis, left) for basis in bases if (left := basis.take_pending()) is not None]
-        captured = _Captured(graph, reports, watch.take_noted(), pending)
+        captured = _Captured(graph, reports, amaxes, pending)
         watch.put_back(before)
         return captured
 

@@ -36,9 +36,9 @@ def test_amaxes_that_were_taken_can_be_put_back_again_and_again():
     assert watch.take_nonfinite() == []
     watch.put_back(noted)
     assert watch.take_nonfinite() == []
-    amax.fill_(float("inf"))
+    noted.values.fill_(float("inf"))
     watch.put_back(noted)
-    watch.put_back(noted)  # nobody asked in between: not kept twice
-    assert sum(map(len, watch.take_noted().values())) == 1
-    watch.put_back(noted)
-    assert watch.take_nonfinite() == [("layer", "fprop_input")]
+    watch.put_back(noted)  # nobody asked in between
+    watch.note_amax("layer", "fprop_weight", torch.tensor(float("nan")))
+    assert watch.take_nonfinite() == [("layer", "fprop_input"), ("layer", "fprop_weight")]
+    assert watch.take_nonfinite() == []
