@@ -32,6 +32,7 @@ from _runs import (
     SAVED_AT,
     STEPS_1B,
     STEPS_COMPARED,
+    STEPS_GRAPHED,
     STEPS_TINY,
     Run,
     Session,
@@ -119,6 +120,38 @@ def part_resume(session: Session) -> None:
     for name, (whole, again, resumed) in runs.items():
         repeat = same_bits(whole, again) if again.ok else again.status
         report_resume(session, "resume", name, whole, resumed, SAVED_AT, f"; again: {repeat}")
+
+
+GRAPHS = {"cuda_graph_impl": "local", "deterministic_mode": None}
+
+
+def part_graphs(session: Session) -> None:
+    """A step captured in CUDA graphs against the same step launched kernel by kernel; and its resume."""
+    if session.device == "cpu":
+        session.add("graphs", "CUDA graphs", "not run", "they need a GPU")
+        return
+    waves: list[list[Run]] = [[], [], []]
+    for recipe in RECIPES:
+        folder = session.scratch / f"graphs-{recipe}"
+        save = {"save": folder, "save_interval": STEPS_GRAPHED // 2}
+        load = {"load": folder, "ckpt_step": STEPS_GRAPHED // 2}
+        for wave, name, more in (
+            (waves[0], "graphs", GRAPHS | save),
+            (waves[1], "launched", {"deterministic_mode": None}),
+            (waves[2], "graphs-resumed", GRAPHS | load),
+        ):
+            wave.append(session.tiny(f"{name}-{recipe}", recipe, STEPS_GRAPHED, **more))
+    for wave in waves:
+        session.together(wave, 120)
+    for recipe, graphed, launched, resumed in zip(RECIPES, *waves, strict=True):
+        if not graphed.ok or not launched.ok:
+            detail = f"graphs: {graphed.status}, launched: {launched.status}"
+            session.add("graphs", recipe, "FAILED", detail)
+            continue
+        verdict = same_bits(launched, graphed)
+        good = verdict.startswith("bitwise")
+        session.add("graphs", recipe, "ok" if good else "DIFFERS", f"against launches: {verdict}")
+        report_resume(session, "graphs", f"{recipe} resume", graphed, resumed, STEPS_GRAPHED // 2)
 
 
 def part_resume_billion(session: Session) -> None:
@@ -242,6 +275,11 @@ def part_resume_tp2(session: Session) -> None:
         report_resume(session, "resume tp2", recipe, whole, resumed, SAVED_AT)
 
 
+def part_tp2_graphs(session: Session) -> None:
+    """Tensor and sequence parallelism with the step, its messages included, in CUDA graphs."""
+    compare_layout(session, "tp2-graphs", TP2 | {"cuda_graph_impl": "local"})
+
+
 def part_billion_tp2(session: Session) -> None:
     """The 1B preset at TP=2 with sequence parallelism."""
     runs = [session.billion(f"1b-tp2-{recipe}", recipe, 8, 2, **TP2) for recipe in RECIPES]
@@ -306,14 +344,14 @@ def part_te_billion(session: Session) -> None:
 PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
     "one": {
         "smoke": part_smoke, "bits": part_bits, "resume": part_resume, "billion": part_billion,
-        "billion-packed": part_billion_packed,
+        "billion-packed": part_billion_packed, "graphs": part_graphs,
         "tiny": part_tiny, "resume-billion": part_resume_billion,
         "deterministic-speed": part_deterministic_speed, "te": part_te, "te-billion": part_te_billion,
     },
     "two": {
         "single": part_single, "tp2": part_tp2, "resume-tp2": part_resume_tp2, "dp2": part_dp2,
         "pp2": part_pp2, "cp2": part_cp2, "vpp2": part_vpp2, "tp2-fp32": part_tp2_fp32,
-        "billion-tp2": part_billion_tp2, "te-tp2": part_te_tp2,
+        "billion-tp2": part_billion_tp2, "te-tp2": part_te_tp2, "tp2-graphs": part_tp2_graphs,
     },
 }  # fmt: skip
 
