@@ -82,8 +82,8 @@ def split(
     if features.is_sharded:
         partials = features.gather_stacked(kernels.fold(partials, dtype=torch.float32))
     p = torch.empty(x.shape[0], v.shape[1], dtype=torch.bfloat16, device=x.device)
-    kernels.fold(partials, out=p, other_out=beside)
-    amax = torch.zeros((), dtype=torch.float32, device=x.device)
+    amax = torch.empty((), dtype=torch.float32, device=x.device)
+    kernels.fold(partials, out=p, other_out=beside, zeroed=amax)
     residual, sums = kernels.residual(x, p, v, amax, factor)
     return p, amax, residual, sums
 

@@ -128,6 +128,7 @@ def _fold_kernel(
     partials,
     out,
     other_out,
+    zeroed,
     numel,
     num_columns,
     out_stride,
@@ -135,10 +136,16 @@ def _fold_kernel(
     COUNT: tl.constexpr,
     TO_BF16: tl.constexpr,
     HAS_OTHER: tl.constexpr,
+    HAS_ZEROED: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add COUNT partial sums pairwise, neighbours first; to one or two places."""
+    """Add COUNT partial sums pairwise, neighbours first; to one or two places. A launch that comes later
+    finds zero in `zeroed`.
+    """
+    if HAS_ZEROED:
+        if tl.program_id(0) == 0:
+            tl.store(zeroed, 0.0)
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < numel
     which = tl.arange(0, COUNT).to(tl.int64)
@@ -301,22 +308,26 @@ def fold(
     partials: Tensor,
     out: Tensor | None = None,
     other_out: Tensor | None = None,
+    zeroed: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Return the sum over the first axis, neighbours first in a binary tree: [M, r] in `dtype`.
 
     partials: fp32 [C, M, r], C a power of two up to 32, contiguous. out, other_out: where to write (bf16 [M,
-    r], contiguous along r; the second is a copy); None: a new tensor.
+    r], contiguous along r; the second is a copy); None: a new tensor. zeroed: fp32 0-dim, set to zero on the
+    way.
     """
     if out is None:
         out = torch.empty(*partials.shape[1:], dtype=dtype, device=partials.device)
-    key = (layout(partials), layout(out), layout(other_out))
-    ready = _folds.ready(key) or _prepare_fold(key, partials, out, other_out)
-    ready((partials, out, other_out))
+    key = (layout(partials), layout(out), layout(other_out), zeroed is None)
+    ready = _folds.ready(key) or _prepare_fold(key, partials, out, other_out, zeroed is not None)
+    ready((partials, out, other_out, zeroed))
     return out
 
 
-def _prepare_fold(key: Key, partials: Tensor, out: Tensor, other_out: Tensor | None) -> Prepared:
+def _prepare_fold(
+    key: Key, partials: Tensor, out: Tensor, other_out: Tensor | None, has_zeroed: bool
+) -> Prepared:
     count, num_rows, num_columns = partials.shape
     if count & (count - 1) or count > 32 or not partials.is_contiguous():
         raise ShapeError("fold", f"needs a power of two of partial sums up to 32, received {count}")
@@ -327,7 +338,7 @@ def _prepare_fold(key: Key, partials: Tensor, out: Tensor, other_out: Tensor | N
     other_stride = 0 if other_out is None else other_out.stride(0)
     return _folds.prepare(
         key, (ceil_div(numel, _FOLD_BLOCK), 1), (numel, num_columns, out.stride(0), other_stride),
-        (count, to_bf16, other_out is not None, is_native(partials), _FOLD_BLOCK),
+        (count, to_bf16, other_out is not None, has_zeroed, is_native(partials), _FOLD_BLOCK),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
