@@ -57,7 +57,7 @@ def load_float32(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.const
     raw = tl.load(pointer + offsets, mask=mask, other=0)
     if IS_BF16 and NATIVE:
         # Two at a time: the upper one is there already.
-        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=r,=r,r", [raw],
+        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=&r,=r,r", [raw],
                                          dtype=tl.float32, is_pure=True, pack=2)  # fmt: skip
     if IS_BF16:
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -342,7 +342,7 @@ def random_integers(
             if NATIVE:
                 # What a compiler sees through it would shift and mask: one instruction more for each.
                 low, high = tl.inline_asm_elementwise(
-                    "prmt.b32 $0, $2, 0, 0x4410; prmt.b32 $1, $2, 0, 0x4432;", "=r,=r,r", [words],
+                    "prmt.b32 $0, $2, 0, 0x4410; prmt.b32 $1, $2, 0, 0x4432;", "=&r,=r,r", [words],
                     dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)  # fmt: skip
             else:
                 low, high = words & 0xFFFF, words >> 16
