@@ -77,6 +77,9 @@ _MXFP4_EVEN = tl.constexpr(MXFP4_EVEN)
 _MXFP4_UP = tl.constexpr(MXFP4_UP)
 _RULE_NAMES = ("nvfp4", "nvfp4 up", "mxfp4", "mxfp4 even", "mxfp4 up")
 
+MAX_GRID_HEIGHT = 65535
+"""CUDA's. More rows of tiles are counted along the grid's first axis: a division in every program."""
+
 _STEP_DEPENDENT = ("key_0", "key_1")
 
 
@@ -192,7 +195,7 @@ def spread_blocks(
 @triton.jit
 def nvfp4_scales(block_amax, amax, SCALE_RULE: tl.constexpr, NATIVE: tl.constexpr):
     """Return (byte, scale, encode scale) of every block, in the order of `metis.quantize.nvfp4`."""
-    tensor_encode, tensor_decode = tensor_scales(amax, _TARGET)
+    tensor_encode, tensor_decode = tensor_scales(amax, _TARGET, NATIVE)
     raw = block_amax * (tensor_encode * RECIPROCAL_6)
     raw = tl.minimum(raw, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     scale = round_to_e4m3(raw)
@@ -318,15 +321,20 @@ def _quantize_kernel(
     INVERTIBLE: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
+    FLAT: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
     if WANT_ALPHA:
-        if tl.program_id(0) == 0:
+        if tl.program_id(0) + tl.program_id(1) == 0:
             write_gemm_scales(amax, other_amax, alpha, reciprocal, INVERTIBLE)
-    tiles_per_row = tl.cdiv(num_cols, TILE_C)
-    row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
-    col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
+    if FLAT:
+        tiles_per_row = tl.cdiv(num_cols, TILE_C)
+        row_start = (tl.program_id(0) // tiles_per_row) * TILE_R
+        col_start = (tl.program_id(0) % tiles_per_row) * TILE_C
+    else:
+        row_start = tl.program_id(1) * TILE_R
+        col_start = tl.program_id(0) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
                      IS_BF16, ROTATION, NATIVE, NARROW, TILE_R, TILE_C)  # fmt: skip
     encode_tile(tile, amax, tokens, features, position, packed, scale_bytes, operand, row_start, col_start,
@@ -480,10 +488,13 @@ def _prepare(
 
     def build(choice: tuning.Choice) -> Prepared:
         rows, cols, num_warps = choice
+        grid = ceil_div(num_cols, cols), ceil_div(num_rows, rows)
+        is_flat = grid[1] > MAX_GRID_HEIGHT
         return _quantizers.prepare(
-            key, (ceil_div(num_rows, rows) * ceil_div(num_cols, cols), 1),
+            key, (grid[0] * grid[1], 1) if is_flat else grid,
             (num_rows, num_cols, *x.stride(), *strides, rotation_scale, reciprocal),
-            (*constants, rows, cols), (signs, tokens, features), num_warps=num_warps, enable_fp_fusion=False,
+            (*constants, is_flat, rows, cols), (signs, tokens, features), num_warps=num_warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
     if tile is not None:

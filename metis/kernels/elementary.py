@@ -243,21 +243,21 @@ def e4m3_value(byte):
 
 
 @triton.jit
-def tensor_scales(amax, TARGET: tl.constexpr):
-    """Return (S_enc, S_dec) of an fp32 scalar: `min(TARGET / amax, FLT_MAX)`, 1 for zero; its reciprocal."""
-    encode = tl.div_rn(TARGET, amax)
-    encode = tl.minimum(encode, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
-    encode = tl.where(encode == 0.0, 1.0, encode)
-    return encode, tl.div_rn(1.0, encode)
-
-
-@triton.jit
 def reciprocal(x, NATIVE: tl.constexpr):
     """Return fp32 1 / x, rounded to nearest even. NATIVE: on a GPU."""
     if NATIVE:
         return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
                                          pack=1)  # fmt: skip
     return tl.div_rn(1.0, x)
+
+
+@triton.jit
+def tensor_scales(amax, TARGET: tl.constexpr, NATIVE: tl.constexpr = False):
+    """Return (S_enc, S_dec) of an fp32 scalar: `min(TARGET / amax, FLT_MAX)`, 1 for zero; its reciprocal."""
+    encode = tl.div_rn(TARGET, amax)
+    encode = tl.minimum(encode, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
+    encode = tl.where(encode == 0.0, 1.0, encode)
+    return encode, reciprocal(encode, NATIVE)
 
 
 @triton.jit

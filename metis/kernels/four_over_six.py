@@ -248,7 +248,7 @@ def _four_over_six_kernel(
     left = load_float32(start, offsets, mask, IS_BF16, NATIVE)
     right = load_float32(start + _HALF * stride_c, offsets, mask, IS_BF16, NATIVE)
     amax_value = tl.load(amax)
-    tensor_encode, tensor_decode = tensor_scales(amax_value, _TARGET)
+    tensor_encode, tensor_decode = tensor_scales(amax_value, _TARGET, NATIVE)
     largest = larger_magnitude(block_amax(left, 1, _HALF, TILE_R, _HALF * B, NATIVE),
                                block_amax(right, 1, _HALF, TILE_R, _HALF * B, NATIVE))  # fmt: skip
     if BLOCK_R > 1:

@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from metis import kernels
 from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
+from metis.kernels import blockwise
+from metis.kernels.blockwise import Tile
 from metis.kernels.sampling import row_amax, take_rows
 from metis.quantize import (
     QuantizedTensor,
@@ -263,6 +265,23 @@ def check_memory_orders(ledger: Ledger) -> None:
                         )
 
 
+def check_tall_grid(ledger: Ledger) -> None:
+    """More rows of tiles than a grid is high, which takes another numbering of the programs."""
+    x, height = next(inputs(80, 48))[1], blockwise.MAX_GRID_HEIGHT
+    blockwise.MAX_GRID_HEIGHT = 1
+    try:
+        for order, view in (("rows", x), ("columns", x.t().contiguous().t())):
+            ledger.output(
+                order,
+                kernels.quantize_nvfp4(
+                    ledger.put(view), ledger.put(tensor_amax(x)), want_packed=True, tile=Tile(16, 16, 1)
+                ),
+                quantize(x, block_shape=(1, 16)),
+            )
+    finally:
+        blockwise.MAX_GRID_HEIGHT = height
+
+
 def check_shards(ledger: Ledger) -> None:
     """A piece of a matrix gives the bits that the whole gives there, from its logical indices alone."""
     rows, cols = 64, 96
@@ -489,6 +508,7 @@ GROUPS: dict[str, Callable[[Ledger], None]] = {
     "mxfp4": check_mxfp4,
     "stochastic": check_stochastic,
     "memory orders": check_memory_orders,
+    "tall grid": check_tall_grid,
     "shards": check_shards,
     "positions": check_positions,
     "rotation": check_rotation,

@@ -34,6 +34,7 @@ MINIMAL_CHECKS = {
     "mxfp4": 350,
     "stochastic": 300,
     "memory orders": 100,
+    "tall grid": 6,
     "shards": 16,
     "positions": 15,
     "rotation": 250,
