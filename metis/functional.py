@@ -147,7 +147,7 @@ class LinearPlan:
     def noise(self, cell_name: str) -> NoiseStream:
         """Return the random bits of one cell; both copies of a weight share theirs, fixed for the step."""
         if operand_of(cell_name) == "weight":
-            position = NoisePosition(step=self.position.step, microbatch=0)
+            position = self.position.at_first_microbatch()
             return NoiseStream(seed=self.seed, layer=self.layer, operand="weight", position=position)
         return NoiseStream(seed=self.seed, layer=self.layer, operand=cell_name, position=self.position)
 

@@ -85,6 +85,14 @@ class NoisePosition:
                 f"must be int32 [2], contiguous, received {words.dtype} {tuple(words.shape)}",
             )
 
+    def at_first_microbatch(self) -> NoisePosition:
+        """Return the position of microbatch 0 of this step; its words follow this one's at every replay."""
+        words = self.words
+        if words is not None:
+            words = words.clone()
+            words[:1].zero_()
+        return NoisePosition(step=self.step, microbatch=0, words=words)
+
     def __reduce__(self) -> tuple[type[NoisePosition], tuple[int, int]]:
         return type(self), (self.step, self.microbatch)
 

@@ -29,6 +29,7 @@ Runs = tuple[tuple[int, int], ...]
 
 _BITS_PER_CALL = 128
 _MAX_INDEX = 2**31
+_HOPPER = (9, 0)
 
 
 @lru_cache(maxsize=512)
@@ -272,6 +273,18 @@ def next_power_of_two(n: int) -> int:
 def is_native(x: Tensor) -> bool:
     """Whether kernels on x run on hardware, with its own conversions and roundings (of the same bits)."""
     return x.is_cuda
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether kernels on x run on hardware that has what compute capability 9.0 added: bf16 pairs multiplied,
+    minima that keep a sign (8.6).
+    """
+    return x.is_cuda and _capability(x.device) >= _HOPPER
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def as_loadable(x: Tensor) -> Tensor:

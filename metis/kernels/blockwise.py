@@ -33,7 +33,7 @@ from metis.kernels.arguments import (
     empty_output,
     indices_of,
     is_column_major,
-    is_native,
+    is_hopper,
     next_power_of_two,
     rotation_of,
 )
@@ -481,7 +481,7 @@ def _prepare(
     constants = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
-        aligned, is_native(x), turned, gemm_scales is not None,
+        aligned, is_hopper(x), turned, gemm_scales is not None,
         gemm_scales is not None and gemm_scales.invertible, want_packed, want_operand,
     )  # fmt: skip
     reciprocal = 0.0 if gemm_scales is None else gemm_scales.reciprocal_target

@@ -26,7 +26,7 @@ from metis.kernels.arguments import (
     ceil_div,
     empty_output,
     is_column_major,
-    is_native,
+    is_hopper,
     next_power_of_two,
 )
 from metis.kernels.blockwise import Tile, block_amax, spread_blocks, store_tile
@@ -315,7 +315,7 @@ def launch_four_over_six(
         (ceil_div(x.shape[0], tile.rows) * ceil_div(x.shape[1], tile.cols), 1),
         (x, amax, output.packed, output.scale_bytes, output.operand, *x.shape, *x.stride(),
          *output.operand_strides()),
-        (x.dtype == torch.bfloat16, error == "mse", block_shape[0], is_native(x), is_column_major(x),
+        (x.dtype == torch.bfloat16, error == "mse", block_shape[0], is_hopper(x), is_column_major(x),
          want_packed, want_operand, tile.rows, tile.cols),
         num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

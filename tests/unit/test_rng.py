@@ -166,3 +166,11 @@ def test_indices_of_another_dtype_or_rank_are_refused():
         random_words(KEY, POSITION, torch.arange(4, dtype=torch.int32), torch.arange(4))
     with pytest.raises(ShapeError, match="cols must be a 1-D int64"):
         random_words(KEY, POSITION, torch.arange(4), torch.arange(4)[None])
+
+
+def test_the_first_microbatch_of_a_position_follows_its_words():
+    words = torch.tensor([5, 9], dtype=torch.int32)
+    first = NoisePosition(step=9, microbatch=5, words=words).at_first_microbatch()
+    assert first == NoisePosition(step=9, microbatch=0) and first.words.tolist() == [0, 9]
+    assert words.tolist() == [5, 9]
+    assert NoisePosition(step=9, microbatch=5).at_first_microbatch().words is None
