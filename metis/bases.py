@@ -62,6 +62,13 @@ def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _written(place: Tensor | None, value: Tensor) -> Tensor:
+    """Return `place` with the value in it; a new one where there is none that fits."""
+    if place is None or place.shape != value.shape or place.device != value.device:
+        place = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return place.copy_(value)
+
+
 class OperandBasis(nn.Module):
     """One basis of one linear: V and the sketch for the next V, for the features this rank holds.
 
@@ -93,7 +100,7 @@ class OperandBasis(nn.Module):
         self.state = self._local(whole)
         self.tracks_drift, self.drift_degrees = False, None
         self._pending: Pending | None = None
-        self._active: tuple[Tensor, Tensor] | None = None
+        self._active: tuple[Tensor, ...] | None = None  # state.v, then the places
 
     def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
         return replace(whole, v=self.features.local_rows(whole.v), z=self.features.local_rows(whole.z))
@@ -107,18 +114,31 @@ class OperandBasis(nn.Module):
 
         One tensor, overwritten when the state has a new basis, so that captured launches find it.
         """
+        places = self._in_use()
+        return None if places is None else places[0]
+
+    @property
+    def active_energies(self) -> Tensor | None:
+        """Energies of the basis in use, [r] float64, overwritten like `active`; None before the first refresh
+        and where bases are not `ordered`.
+        """
+        places = self._in_use() if self.ordered else None
+        return None if places is None else places[1]
+
+    def _in_use(self) -> tuple[Tensor, ...] | None:
+        """Return the places of V and, where it is `ordered`, of its energies, holding those of the state."""
         state = self.state
-        if self._active is None or self._active[0] is not state.v:
-            v = algebra.active_basis(state)
-            if v is None:
-                return None
-            with torch.inference_mode(False), torch.no_grad():
-                place = None if self._active is None else self._active[1]
-                if place is None or place.shape != v.shape or place.device != v.device:
-                    place = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-                place.copy_(v)
-            self._active = state.v, place
-        return self._active[1]
+        if self._active is not None and self._active[0] is state.v:
+            return self._active[1:]
+        v = algebra.active_basis(state)
+        if v is None:
+            return None
+        values = (v, state.energies[: state.rank]) if self.ordered else (v,)
+        places = (None,) * len(values) if self._active is None else self._active[1:]
+        with torch.inference_mode(False), torch.no_grad():
+            places = tuple(map(_written, places, values))
+        self._active = state.v, *places
+        return places
 
     @property
     def num_rows_needed(self) -> int:

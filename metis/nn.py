@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from metis.bases import OperandBasis
 from metis.clock import TrainingClock
 from metis.config import Recipe, ReparametrisationConfig
-from metis.decompose import basis as algebra
 from metis.errors import ConfigError, ShapeError
 from metis.functional import LinearPlan, SpectralFactors
 from metis.fused_linear import WeightCache, is_fusable, quantized_linear
@@ -248,14 +247,14 @@ class LinearCore(nn.Module):
     def _spectral_factors(self) -> SpectralFactors | None:
         """Return what the adaptive spectral learning rate multiplies with, None without a basis in use."""
         config = self.recipe.spectral_learning_rate
-        if config is None or self.bases["grad_output"].active is None:
+        energies = None if config is None else self.bases["grad_output"].active_energies
+        if config is None or energies is None:
             return None
-        state: algebra.BasisState = self.bases["grad_output"].state  # type: ignore[assignment]
         if config.schedule == "smooth":
-            sigma = state.energies[: state.rank].sqrt()
+            sigma = energies.sqrt()  # type: ignore[operator]
             head = 2.0 / (1.0 + sigma / sigma.amax().clamp(min=torch.finfo(torch.float64).tiny))
             return SpectralFactors(head=head.float(), residual=2.0, on_dx=config.apply_to == "dw_and_dx")
-        head = torch.full((state.rank,), config.head_factor, device=state.v.device)
+        head = torch.full(energies.shape, config.head_factor, device=energies.device)  # type: ignore[arg-type]
         head[: config.num_leading] = config.leading_factor
         return SpectralFactors(
             head=head, residual=config.residual_factor, on_dx=config.apply_to == "dw_and_dx"
