@@ -16,7 +16,11 @@ Traps:
   scaling, no check of gradients inside backward (`metis.training.operand_guard` makes it afterwards).
 * Bases are overwritten in place (`OperandBasis.active`), parameters and gradient buffers never move.
 * The model is built, and everything runs, on a stream that is not the default one (`initialize`).
-* All graphs share one memory pool: what a replay left behind is gone after the next one.
+* All graphs share one memory pool: what a replay left behind is gone after the next one. A pool whose graphs
+  have all gone cannot be used again while any tensor of theirs is left.
+* NCCL wants a message captured on all of its ranks or on none, so whatever decides between a graph and
+  launches must be the same everywhere; and it waits, when a communicator is destroyed, for the graphs that
+  hold its messages (`release`).
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from metis.kernels.arguments import as_signed
 from metis.mcore.state import recipe_linears
 from metis.renewal import Pending
 from metis.training.batches import batch_on_this_cp_rank
+from metis.training.initialize import at_shut_down
 
 IS_LOCAL = "is_local"
 """Field of a batch that holds this context-parallel rank's part already."""
@@ -48,8 +53,8 @@ POSITION_WORDS = "position_words"
 """Field of a staged batch: int32 [2] on the device, microbatch and step, of `metis.rng.NoisePosition`."""
 
 MAX_KINDS = 8
-"""Graphs that are kept; further kinds of steps run without one. Those of recipes and bases that have gone are
-let go of."""
+"""Kinds of steps that are remembered, with their graphs; the one that came last the longest ago goes first.
+Those of recipes and bases that have gone are let go of."""
 
 Batch = dict[str, Any]
 Reports = list[dict[str, Tensor]]
@@ -106,21 +111,42 @@ class StepGraphs:
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
             raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
+        at_shut_down(self.release)
 
     def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
         """Run the passes of one step of `num_microbatches` microbatches."""
         batches = [self._local(next(data_iterator)) for _ in range(num_microbatches)]
         self._num_steps += 1
-        kind, is_observed = self._kind(batches), self.clock.watch.observer is not None
-        if is_observed or kind not in self._kinds or self._num_steps <= self.num_warmup_steps:
-            if not is_observed and len(self._kinds) < MAX_KINDS:
-                self._kinds.setdefault(kind, None)
+        kind = self._kind(batches)
+        is_new = kind not in self._kinds
+        captured = self._kinds.pop(kind, None)
+        if is_new or self._num_steps <= self.num_warmup_steps:
+            self._remember(kind, captured)
             return self.run(iter(batches), num_microbatches)
         staged = self._stage(batches)
-        captured = self._kinds[kind]
         if captured is None:
-            captured = self._kinds[kind] = self._capture(staged)
+            captured = self._capture(staged)
+        self._remember(kind, captured)
         return self._replay(captured)
+
+    def release(self) -> None:
+        """Let go of all graphs, whoever still holds what they left behind; before communicators go."""
+        for captured in self._kinds.values():
+            if captured is not None:
+                captured.graph.reset()
+        self._kinds.clear()
+        self._pool = None
+
+    def _remember(self, kind: tuple[Any, ...], captured: _Captured | None) -> None:
+        """Put a kind behind all others, and forget the first one where there are too many."""
+        self._kinds[kind] = captured
+        if len(self._kinds) <= MAX_KINDS:
+            return
+        oldest = self._kinds.pop(next(iter(self._kinds)))
+        if oldest is not None:
+            oldest.graph.reset()
+        if not any(self._kinds.values()):
+            self._pool = None
 
     @staticmethod
     def _local(batch: Batch) -> Batch:
@@ -139,7 +165,7 @@ class StepGraphs:
             *(core.recipe for core in cores), *(core.weights for core in cores), *(b.active for b in bases)
         )  # fmt: skip
         if not _are_same(owners, self._owners):
-            self._kinds.clear()
+            self.release()
             self._owners = owners
         sketched = tuple(basis.wants_sketch(self.clock.step) for basis in bases)
         return tuple(map(_layout, batches)), self.clock.num_tokens_per_step, sketched
@@ -186,10 +212,12 @@ class StepGraphs:
                 reports = self.run(iter(staged.batches), len(staged.batches))
                 amaxes = watch.take_noted()
         except RuntimeError as error:
-            raise ConfigError(
+            failure = ConfigError(
                 "--cuda-graph-impl",
                 f"must be none for this run: a step cannot be captured ({_first_line(error)})",
-            ) from error
+            )
+            failure.found_by_one_rank = True  # out of memory, for one
+            raise failure from error
         pending = [(basis, left) for basis in bases if (left := basis.take_pending()) is not None]
         captured = _Captured(graph, reports, amaxes, pending)
         watch.put_back(before)

@@ -12,6 +12,7 @@ import os
 import random
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,8 +189,18 @@ def _set_seeds(args: Namespace) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+_AT_SHUT_DOWN: list[Callable[[], object]] = []
+
+
+def at_shut_down(release: Callable[[], object]) -> None:
+    """Have `release` called once, by the next `shut_down`, while all process groups still exist."""
+    _AT_SHUT_DOWN.append(release)
+
+
 def shut_down(*, keep_process_group: bool = False) -> None:
     """Undo `initialize`: drop model-parallel groups, calculators and, unless kept, the process group."""
+    while _AT_SHUT_DOWN:
+        _AT_SHUT_DOWN.pop()()
     if not dist.is_initialized():
         return  # it failed before there was anything to undo
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine

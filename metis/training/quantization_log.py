@@ -80,10 +80,12 @@ class QuantizationLog:
             self._measures = parallel_state.get_data_parallel_rank() == 0
             self._senders = _ranks_that_send(self._measures)
 
-    def begin_step(self, step: int) -> None:
-        """Enter optimizer step `step` (from 0); measure it if iteration step + 1 is divisible by N."""
+    def begin_step(self, step: int) -> bool:
+        """Enter optimizer step `step` (from 0); measure it if iteration step + 1 is divisible by N. Return
+        whether operands are looked at on any rank, the same on all of them.
+        """
         if not self.interval:
-            return
+            return False
         self._is_due = (step + 1) % self.interval == 0
         self._records, self._meter, self._microbatch = {}, OperandMeter(), -1
         self._fresh = set()
@@ -93,8 +95,10 @@ class QuantizationLog:
                 basis.tracks_drift = True
                 if basis.state.last_refresh_step == step - 1 and basis.active is not None:
                     self._fresh.add((layer, operand))
-        if self._measures and (self._is_due or self._fresh):
+        is_watched = self._is_due or bool(self._fresh)
+        if self._measures and is_watched:
             self._clock.watch.observer = self._observe
+        return is_watched
 
     def _observe(
         self,

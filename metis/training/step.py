@@ -101,9 +101,9 @@ class StepRunner:
         self.guard = OperandGuard(
             args.nonfinite_operands, model, clock, check_gradients, engine_may_check=not is_graphed
         )
-        self._passes = partial(self._run_schedule, forward_only=False)
+        self._launched = self._passes = partial(self._run_schedule, forward_only=False)
         if is_graphed:
-            self._passes = StepGraphs(args, model, clock, self._passes, args.cuda_graph_warmup_steps)
+            self._passes = StepGraphs(args, model, clock, self._launched, args.cuda_graph_warmup_steps)
         self.quantization = QuantizationLog(args.log_quantization_interval, model, clock)
 
     def _forward_step(self, data_iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
@@ -145,9 +145,9 @@ class StepRunner:
         batch_size = num_microbatches * args.micro_batch_size * args.data_parallel_size
         self.clock.begin_step(iteration, batch_size * args.seq_length)
         self._zero_gradients()
-        self.quantization.begin_step(iteration)
+        is_watched = self.quantization.begin_step(iteration)
         try:
-            reports = self._passes(data_iterator, num_microbatches)
+            reports = (self._launched if is_watched else self._passes)(data_iterator, num_microbatches)
         except RuntimeError as error:
             if "Unexpected result" in str(error) or "found NaN" in str(error):
                 detail = re.search(r"message='([^']*)'", str(error))

@@ -169,6 +169,8 @@ def check_graphs(args: Namespace) -> None:
         ("--overlap-grad-reduce", args.overlap_grad_reduce, "which runs no hooks in backward"),
         ("--overlap-param-gather", args.overlap_param_gather, "which runs no hooks in forward"),
         ("--calculate-per-token-loss", args.calculate_per_token_loss, "which reads no token counts"),
+        ("--check-for-large-grads", args.check_for_large_grads, "which looks at no gradients in backward"),
+        ("--timing-log-level", args.timing_log_level > 1, "which times no part of a step; lower it"),
         ("--quantize-kernels", args.quantize_kernels == "torch", "whose plain PyTorch asks the device"),
     ):
         require(not is_there, option, f"{reason}, {why}")
