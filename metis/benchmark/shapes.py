@@ -28,10 +28,14 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class StepModel:
-    """A model to train for a few steps: a preset of the trainer and options that come after it."""
+    """A model to train for a few steps: a preset of the trainer and options that come after it.
+
+    is_small: the host is slower than a GPU there, so that steps are captured in CUDA graphs.
+    """
 
     preset: str
     options: Mapping[str, Any]
+    is_small: bool = False
 
 
 STEP_MODELS: Mapping[str, StepModel] = {
@@ -47,6 +51,7 @@ STEP_MODELS: Mapping[str, StepModel] = {
             "--num-query-groups": 12, "--kv-channels": 64, "--vocab-size": 26111, "--seq-length": 2048,
             "--max-position-embeddings": 2048, "--micro-batch-size": 8, "--global-batch-size": 16,
         },
+        is_small=True,
     ),
     "llama-30m": StepModel(
         "tiny",
@@ -55,6 +60,7 @@ STEP_MODELS: Mapping[str, StepModel] = {
             "--num-query-groups": 6, "--kv-channels": 64, "--vocab-size": 20479, "--seq-length": 2048,
             "--max-position-embeddings": 2048, "--micro-batch-size": 8, "--global-batch-size": 16,
         },
+        is_small=True,
     ),
 } | {name: StepModel(name, {}) for name in PRESETS}  # fmt: skip
 """By the name that `--preset` of train_step.py takes; --vocab-size does not count the end of document."""

@@ -116,6 +116,8 @@ def trainer_options(settings: StepSettings, contender: Contender, num_iterations
         "--device", settings.device, "--recipe", contender.recipe, *contender.implementation,
     ]  # fmt: skip
     options += ["--num-workers", "0"] if settings.device == "cpu" else ["--bf16"]
+    if settings.model.is_small and settings.device == "cuda":
+        options += ["--cuda-graph-impl", "local"]
     for option, value in settings.model.options.items():
         options += [option, str(value)]
     return options + list(settings.more)

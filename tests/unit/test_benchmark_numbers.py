@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from metis.benchmark import kernel_cases, report, shapes, step_profile, step_runs
 from metis.benchmark.timing import Samples, num_inputs_for, require_device
 from metis.errors import ConfigError
+from metis.training.arguments import parse_args
 
 PARAMETERS = {"llama-30m": 30e6, "llama-125m": 125e6, "llama3-8b-4layers": 1.13e9}
 PARAMETER_TOLERANCE = 0.02  # relative; worst measured 0.004 (llama3-8b-4layers)
@@ -55,6 +57,21 @@ def test_models_for_measuring_have_the_size_that_their_name_says(name: str):
     contender = step_runs.contenders(["bf16"], False)[0]
     step_runs.resolve(settings, contender)
     assert contender.config["parameters"] == pytest.approx(PARAMETERS[name], rel=PARAMETER_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "is_captured"),
+    [("llama-30m", "cuda", True), ("llama-30m", "cpu", False), ("llama3-8b-4layers", "cuda", False)],
+)
+def test_steps_of_small_models_are_captured_on_a_gpu_unless_the_user_says_no(
+    name: str, device: str, is_captured: bool
+):
+    contender = step_runs.contenders(["metis"], False)[0]
+    settings = step_runs.StepSettings(model=shapes.step_model(name), device=device)
+    options = step_runs.trainer_options(settings, contender, 3)
+    assert parse_args(options).cuda_graph_impl == ("local" if is_captured else "none")
+    said = replace(settings, more=("--cuda-graph-impl", "none"))
+    assert parse_args(step_runs.trainer_options(said, contender, 3)).cuda_graph_impl == "none"
 
 
 # --- numbers -----------------------------------------------------------------------------------------------

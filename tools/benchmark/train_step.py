@@ -8,8 +8,9 @@
 
 Options after `--` go to the trainer (`pretrain_llama.py --help`) and win over the preset's. `--preset` takes
 the trainer's presets and three models for measuring: llama3-8b-4layers (four 8B-shaped layers, sequences of
-4096, four microbatches, a vocabulary of 32,000 so that logits do not dominate), llama-125m, llama-30m. Each
-recipe runs in a process of its own on mock data; for several ranks this program starts torchrun itself.
+4096, four microbatches, a vocabulary of 32,000 so that logits do not dominate); llama-125m and llama-30m,
+whose steps are captured in CUDA graphs on a GPU (`-- --cuda-graph-impl none` launches them kernel by kernel).
+Each recipe runs in a process of its own on mock data; for several ranks this program starts torchrun itself.
 
 Prints one table: milliseconds per step (median and interquartile range of the steps that renew no basis;
 median of those that do; the mean over a refresh interval), tokens and model FLOPs per second by that mean,
