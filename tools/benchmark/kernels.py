@@ -2,7 +2,7 @@
 
     python tools/benchmark/kernels.py                                        # 8192x4096
     python tools/benchmark/kernels.py --model llama3-8b --tokens 8192        # the matrices of a block
-    python tools/benchmark/kernels.py --model llama3-8b --tune               # choose tiles, for later runs too
+    python tools/benchmark/kernels.py --model llama3-8b --tune               # choose tiles for later
     python tools/benchmark/kernels.py --shapes 8192x4096 8192x14336 --only '1x16 sr*' --json runs/kernels.json
     TRITON_INTERPRET=1 python tools/benchmark/kernels.py --device cpu --shapes 32x64 --calls 2   # every path
 
