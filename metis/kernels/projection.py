@@ -48,7 +48,9 @@ _RESIDUAL_AND_PRODUCT_SHAPE: Shape = (128, 64, 4, 3, None)
 _WIDE_RESIDUAL_AND_PRODUCT_SHAPE: Shape = (64, 64, 4, 4, None)
 """Where r and q together exceed 128, which would take more registers than there are."""
 
-_MAX_RESIDUAL_CHUNKS = 8
+_MAX_RESIDUAL_CHUNKS, _MIN_TILES_PER_CHUNK = 8, 4
+"""Programs that share a row of tiles, and tiles that one has at least: each writes partial sums of its own."""
+
 _MIN_DOT = 16
 _FOLD_BLOCK = 1024
 
@@ -380,7 +382,8 @@ def _residual_shape(v: Tensor, factor: Tensor | None) -> Shape:
 
 
 def _num_residual_chunks(num_features: int, shape: Shape) -> int:
-    return _MAX_RESIDUAL_CHUNKS if num_features >= _MAX_RESIDUAL_CHUNKS * shape[1] else 1
+    pieces = ceil_div(num_features, shape[1]) // _MIN_TILES_PER_CHUNK
+    return min(_MAX_RESIDUAL_CHUNKS, 1 << max(0, pieces.bit_length() - 1))
 
 
 def _prepare_residual(
