@@ -49,7 +49,7 @@ _WIDE_RESIDUAL_AND_PRODUCT_SHAPE: Shape = (64, 64, 4, 4, None)
 """Where r and q together exceed 128, which would take more registers than there are."""
 
 _MAX_RESIDUAL_CHUNKS, _MIN_TILES_PER_CHUNK = 8, 4
-"""Programs that share a row of tiles, and tiles that one has at least: each writes partial sums of its own."""
+"""Programs that share a row of tiles, and tiles of each at least: every one writes sums of its own."""
 
 _MIN_DOT = 16
 _FOLD_BLOCK = 1024
