@@ -31,8 +31,8 @@ from metis.operand import Axis, token_mean
 from metis.renewal import Pending, Sketch, sketch_pending
 from metis.rng import NoisePosition, stream_key
 
-MAX_WAITING_BYTES = 16 * 2**20
-"""Rows that one basis puts aside within a step: 2048 bf16 rows of 4096 features."""
+MAX_WAITING_BYTES = 32 * 2**20
+"""Rows that one basis puts aside within a step: 4096 bf16 rows of 4096 features."""
 
 
 @lru_cache(maxsize=1024)
@@ -235,10 +235,11 @@ class OperandBasis(nn.Module):
 
     def take_pending(self) -> Pending | None:
         """Return what this step has for the next basis, and forget it."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        if pending is not None:  # in most steps there is nothing, and modules set attributes slowly
+            self._pending = None
         return pending
 
-    @torch.no_grad()
     def take_in(self, found: Sketch, num_rows: int, made: tuple[Tensor, Tensor] | None, step: int) -> None:
         """Add a step's sketch, summed over ranks; renew the basis if enough rows have been sketched.
 

@@ -1,34 +1,36 @@
 """Renewing the bases of a model together, after the optimizer step.
 
 One idea: a refresh is many small operations, and on a GPU their number is what it costs. So the bases of
-equal shape are sketched and orthonormalised together, and the host reads what came of it (how many rows,
-which bases may be used) in one go. Only a basis that is not the regular case (cold, in Ritz order, too few
-rows, rank-deficient) is taken by itself.
+equal shape are sketched together, those of any shapes orthonormalised together, and the host reads what came
+of it (how many rows, which bases may be used) in one go. Only a basis that is not the regular case (cold, in
+Ritz order, too few rows, rank-deficient) is taken by itself. A step that has sketched nothing does nothing.
 
 Traps:
 * Ranks that share features make the same groups in the same order, since their shapes and numbers of rows
   agree. Ranks that hold other tokens may not: their sums go in one message, by basis, not by group.
 * The order of float64 sums depends on the group. V in bf16 does not, unless an element lies on a tie to
   within their rounding.
+* Whether a warm basis may be used is judged by Z alone: where B is not finite, no column of Z is.
 
 Shape letters: n sampled rows, K features held here, r rank, q columns of a sketch, G bases of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from metis.config import BasisConfig
 from metis.decompose import basis as algebra
 from metis.decompose.orthonormal import orthonormal_columns
 from metis.decompose.projector import num_chunks_for, tree_sum
-from metis.decompose.sketch import sketch, sketch_in_chunks
+from metis.decompose.sketch import directions_in_chunks, sketch, sketch_in_chunks
 from metis.errors import ConfigError
 from metis.operand import Axis
 
@@ -55,8 +57,12 @@ class Renewable(Protocol):
         ...
 
 
-MAX_GROUP_NUMEL = 2**24
-"""Numbers that are in float64 at once (128 MiB): what a group of bases, or of a weight's rows, may have."""
+MAX_GROUP_NUMEL = 2**22
+"""Numbers that are in float64 at once (32 MiB): what a group of bases, or of a weight's rows, may have. A CPU
+has them in its cache."""
+
+GPU_GROUPS = 16
+"""Times that on a GPU (512 MiB), which has nothing else to hold between two steps and waits for launches."""
 
 
 @dataclass(slots=True)
@@ -86,9 +92,15 @@ def renew_bases(bases: Iterable[Renewable], step: int, token_group: Any = None) 
 
     token_group: ranks that saw other tokens of the step.
     """
-    bases = list(bases)
-    taken = [(basis, basis.take_pending()) for basis in bases]
-    work = [(basis, pending) for basis, pending in taken if pending is not None]
+    work: list[tuple[Renewable, Pending]] = []
+    for basis in bases:
+        pending = basis.take_pending()
+        if pending is not None:
+            work.append((basis, pending))
+        elif basis.state.row_count:
+            basis.refresh(step)
+    if not work:
+        return
     sketch_pending(work)
     _sum_over_shards(work)
     found = [pending.sketch for _, pending in work if pending.sketch is not None]
@@ -102,12 +114,11 @@ def renew_bases(bases: Iterable[Renewable], step: int, token_group: Any = None) 
         _sum_in_one_message(of_tokens, total)
     candidates, verdicts = _warm_candidates([basis for basis, _ in work], found)
     counts, usable = _read(found, verdicts)
+    made = {
+        number: candidate for (number, candidate), ok in zip(candidates.items(), usable, strict=True) if ok
+    }
     for number, ((basis, _), sums) in enumerate(zip(work, found, strict=True)):
-        made = candidates[number] if usable.get(number) else None
-        basis.take_in(sums, counts[number], made, step)
-    for basis, pending in taken:
-        if pending is None:
-            basis.refresh(step)
+        basis.take_in(sums, counts[number], made.get(number), step)
 
 
 def sketch_pending(work: Sequence[tuple[Renewable, Pending]]) -> None:
@@ -115,37 +126,35 @@ def sketch_pending(work: Sequence[tuple[Renewable, Pending]]) -> None:
     groups: dict[tuple[Any, ...], list[tuple[Renewable, Pending]]] = {}
     for basis, pending in work:
         if pending.rows:
-            first, columns = pending.rows[0], basis.state.num_sketch_columns
+            first, state, config = pending.rows[0], basis.state, basis.config
             num_rows = sum(rows.shape[0] for rows in pending.rows)
-            kind = (first.device, first.dtype, num_rows, first.shape[1], columns, basis.features,
-                    basis.config.tp_mode, basis.config.num_canonical_chunks)  # fmt: skip
+            kind = (num_rows, first.shape[1], state.v.shape, state.num_sketch_columns, basis.features,
+                    config.tp_mode, config.num_canonical_chunks, first.dtype, first.device)  # fmt: skip
             groups.setdefault(kind, []).append((basis, pending))
     for kind, group in groups.items():
-        size = max(1, MAX_GROUP_NUMEL // max(1, kind[2] * kind[3]))
+        size = max(1, _max_numel(kind[-1]) // max(1, kind[0] * kind[1]))
         for start in range(0, len(group), size):
             _sketch_group(group[start : start + size])
 
 
+def _max_numel(device: torch.device) -> int:
+    return MAX_GROUP_NUMEL if device.type == "cpu" else GPU_GROUPS * MAX_GROUP_NUMEL
+
+
 def _sketch_group(group: Sequence[tuple[Renewable, Pending]]) -> None:
     """Sketch the rows of bases of equal shape, and let go of them."""
-    basis = group[0][0]
-    num_features = basis.features.local_size
+    basis, num_bases = group[0][0], len(group)
+    num_features, num_columns = basis.features.local_size, basis.state.num_sketch_columns
     pieces = [rows for _, pending in group for rows in pending.rows]
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    x_GnK = rows.unflatten(0, (len(group), -1)) if rows.shape[0] else rows.expand(len(group), -1, -1)
-    directions = [algebra.sketch_directions(basis.state) for basis, _ in group]
-    v_GKq = directions[0][None] if len(group) == 1 else torch.stack(directions)
-    is_marked = x_GnK.shape[2] > num_features
-    counts: Sequence[Tensor | int] = [x_GnK.shape[1]] * len(group)
-    if is_marked:
+    x_GnK = rows.view(num_bases, rows.shape[0] // num_bases, rows.shape[1])
+    v_GKq = basis.state.v[None] if num_bases == 1 else torch.stack([basis.state.v for basis, _ in group])
+    counts: Sequence[Tensor | int] = [x_GnK.shape[1]] * num_bases
+    if x_GnK.shape[2] > num_features:
         counts = x_GnK[:, :, num_features].sum(dim=1, keepdim=True, dtype=torch.float64).unbind()
-    z_GKq = gram_Gqq = None
-    height = max(1, MAX_GROUP_NUMEL // (len(group) * num_features))
-    for start in range(0, max(1, x_GnK.shape[1]), height):
-        z, gram = _sums(x_GnK[:, start : start + height, :num_features], v_GKq, basis)
-        z_GKq = z if z_GKq is None else z_GKq.add_(z)
-        gram_Gqq = gram if gram_Gqq is None else gram_Gqq.add_(gram)
-    assert z_GKq is not None and gram_Gqq is not None
+    height = max(1, _max_numel(rows.device) // (num_bases * num_features))
+    x_blocks = x_GnK[:, :, :num_features].split(height, dim=1)
+    z_GKq, gram_Gqq = _sums(x_blocks, v_GKq[:, :, :num_columns], basis)
     for (_, pending), z, gram, count in zip(group, z_GKq.unbind(), gram_Gqq.unbind(), counts, strict=True):
         before, pending.rows = pending.sketch, []
         pending.sketch = Sketch(z, gram, count)
@@ -153,12 +162,15 @@ def _sketch_group(group: Sequence[tuple[Renewable, Pending]]) -> None:
             pending.sketch = Sketch(before.z + z, before.gram + gram, before.count + count)
 
 
-def _sums(x_GnK: Tensor, v_GKq: Tensor, basis: Renewable) -> tuple[Tensor, Tensor]:
-    """Return Z and gram of rows by the directions of bases like `basis`, B summed over all features."""
+def _sums(x_blocks: Sequence[Tensor], v_GKq: Tensor, basis: Renewable) -> tuple[Tensor, Tensor]:
+    """Return Z and gram of rows, given in blocks [G, n, K], by the directions of bases like `basis`.
+
+    B is summed over all features.
+    """
     features, config = basis.features, basis.config
     if config.tp_mode == "fast":
-        b = features.sum(x_GnK.to(torch.float32) @ v_GKq.to(torch.float32))
-        return sketch(x_GnK, b)
+        v_GKq = v_GKq.to(torch.float32)
+        return _added(sketch(x, features.sum(x.to(torch.float32) @ v_GKq)) for x in x_blocks)
 
     def complete(b_Gnq: Tensor) -> Tensor:
         return tree_sum(torch.stack(features.gather(b_Gnq))) if features.is_sharded else b_Gnq
@@ -170,7 +182,17 @@ def _sums(x_GnK: Tensor, v_GKq: Tensor, basis: Renewable) -> tuple[Tensor, Tenso
             f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
             f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
         )
-    return sketch_in_chunks(x_GnK, v_GKq, total // features.num_shards, features.parts, complete)
+    v_ckq = directions_in_chunks(v_GKq, total // features.num_shards, features.parts)
+    return _added(sketch_in_chunks(x, v_ckq, features.parts, complete) for x in x_blocks)
+
+
+def _added(sums: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the sum of (Z, gram) of one block after the other, of which there is at least one."""
+    z, gram = next(sums := iter(sums))
+    for further_z, further_gram in sums:
+        z.add_(further_z)
+        gram.add_(further_gram)
+    return z, gram
 
 
 def _sum_over_shards(work: Sequence[tuple[Renewable, Pending]]) -> None:
@@ -190,18 +212,18 @@ def _sum_in_one_message(sketches: Sequence[Sketch], total: Callable[[Tensor], Te
     if not parts:
         return
     values = [getattr(s, name) for s, name in parts]
-    message = total(torch.cat([value.flatten() for value in values]))
-    pieces = message.split([value.numel() for value in values])
-    for (s, name), value, piece in zip(parts, values, pieces, strict=True):
-        setattr(s, name, piece.view_as(value))
+    message = total(_flatten_dense_tensors(values))
+    for (s, name), piece in zip(parts, _unflatten_dense_tensors(message, values), strict=True):
+        setattr(s, name, piece)
 
 
 def _warm_candidates(
     bases: Sequence[Renewable], found: Sequence[Sketch]
-) -> tuple[dict[int, tuple[Tensor, Tensor]], list[tuple[list[int], Tensor]]]:
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor]]:
     """Return V [K, q] and energies [q] that every warm basis would have, by number, and which may be used.
 
-    The second list: (numbers, [G] bool on the device) for each group of equal shape.
+    The verdicts are bool tensors on the device, together as many numbers as there are candidates, in their
+    order.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, basis in enumerate(bases):
@@ -211,45 +233,54 @@ def _warm_candidates(
             groups.setdefault(kind, []).append(number)
     candidates: dict[int, tuple[Tensor, Tensor]] = {}
     verdicts = []
-    for (_, shape, rank, features), members in groups.items():
-        size = max(1, MAX_GROUP_NUMEL // (features.size * rank))
-        for start in range(0, len(members), size):
-            chosen = members[start : start + size]
-            sums = [_with_earlier_rows(bases[number].state, found[number]) for number in chosen]
-            z_GKr = torch.stack([z for z, _ in sums])
-            if features.is_sharded:
-                z_GKr = features.gather_rows(z_GKr.transpose(0, 1).contiguous()).transpose(0, 1)
-            v_GKr, ok = orthonormal_columns(z_GKr.contiguous())
-            grams = torch.stack([gram for _, gram in sums])
-            ok &= torch.linalg.vector_norm(grams, ord=torch.inf, dim=(1, 2)) < torch.inf
-            v_GKq = torch.zeros(
-                (len(chosen), features.size, shape[1]), dtype=torch.bfloat16, device=v_GKr.device
-            )
+    for batch in _batches(groups):
+        sums = [_whole_sums([(bases[number].state, found[number]) for number in members], features)
+                for (*_, features), members in batch]  # fmt: skip
+        new, ok = orthonormal_columns(*sums)
+        verdicts.append(ok)
+        for ((device, shape, rank, features), members), v_GKr in zip(batch, new, strict=True):
+            v_GKq = torch.zeros(len(members), features.size, shape[1], dtype=torch.bfloat16, device=device)
             v_GKq[:, :, :rank] = v_GKr
-            energies = ok.new_zeros((len(chosen), shape[1]), dtype=torch.float64)
-            made = zip(v_GKq.unbind(), energies.unbind(), strict=True)
-            candidates.update(zip(chosen, made, strict=True))
-            verdicts.append((chosen, ok))
+            energies = torch.zeros(len(members), shape[1], dtype=torch.float64, device=device)
+            candidates.update(zip(members, zip(v_GKq.unbind(), energies.unbind(), strict=True), strict=True))
     return candidates, verdicts
 
 
-def _with_earlier_rows(state: algebra.BasisState, found: Sketch) -> tuple[Tensor, Tensor]:
-    """Return z and gram of all rows since the last refresh."""
-    if state.row_count == 0:
-        return found.z, found.gram
-    columns = state.num_sketch_columns
-    return state.z[:, :columns] + found.z, state.gram[:columns, :columns] + found.gram
+def _batches(groups: dict[tuple[Any, ...], list[int]]) -> Iterator[list[tuple[tuple[Any, ...], list[int]]]]:
+    """Yield (kind, members) of what is orthonormalised at once: on one device, of a limited size."""
+    batch: list[tuple[tuple[Any, ...], list[int]]] = []
+    room = 0
+    for kind, members in groups.items():
+        device, _, rank, features = kind
+        size = max(1, _max_numel(device) // (features.size * rank))
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
+            numel = len(chosen) * features.size * rank
+            if batch and (numel > room or device != batch[0][0][0]):
+                yield batch
+                batch = []
+            room = (room if batch else _max_numel(device)) - numel
+            batch.append((kind, chosen))
+    if batch:
+        yield batch
 
 
-def _read(
-    found: Sequence[Sketch], verdicts: Sequence[tuple[list[int], Tensor]]
-) -> tuple[list[int], dict[int, bool]]:
-    """Return the number of rows of every sketch and the verdict on every candidate; the host waits here."""
-    unknown = [number for number, s in enumerate(found) if isinstance(s.count, Tensor)]
-    tensors = [found[number].count for number in unknown] + [ok.to(torch.float64) for _, ok in verdicts]
+def _whole_sums(sums: Sequence[tuple[algebra.BasisState, Sketch]], features: Axis) -> Tensor:
+    """Return Z of all rows since the last refresh and all features, [G, K, r], of bases of equal shape."""
+    z_GKr = torch.stack(
+        [s.z if state.row_count == 0 else state.z[:, : state.rank] + s.z for state, s in sums]
+    )
+    if not features.is_sharded:
+        return z_GKr
+    return features.gather_rows(z_GKr.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+
+
+def _read(found: Sequence[Sketch], verdicts: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
+    """Return the number of rows of every sketch and all verdicts; the host waits here, once."""
+    counts = [s.count for s in found]
+    unknown = [number for number, count in enumerate(counts) if isinstance(count, Tensor)]
+    tensors = [counts[number] for number in unknown] + [ok.to(torch.float64) for ok in verdicts]
     values = torch.cat(tensors).tolist() if tensors else []
-    counts = [0 if isinstance(s.count, Tensor) else s.count for s in found]
     for number, value in zip(unknown, values, strict=False):
         counts[number] = round(value)
-    judged = [number for chosen, _ in verdicts for number in chosen]
-    return counts, dict(zip(judged, map(bool, values[len(unknown) :]), strict=True))
+    return counts, [bool(value) for value in values[len(unknown) :]]

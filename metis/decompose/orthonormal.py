@@ -22,7 +22,9 @@ columns wanted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -73,8 +75,8 @@ def orthonormalize(
     if num_given == 0 or not bool(torch.isfinite(z_Kq).all()) or not bool(z_Kq.any()):
         return OrthonormalResult(None, "kept")
     status: Literal["cholesky", "eigh"] = "cholesky"
-    v_GKq, ok = orthonormal_columns(z_Kq[None])
-    v = v_GKq[0]
+    (v_1Kq,), ok = orthonormal_columns(z_Kq[None])
+    v = v_1Kq[0]
     if not bool(ok):
         status = "eigh"
         z_Kq = _scale_to_one(z_Kq)
@@ -87,47 +89,89 @@ def orthonormalize(
     return OrthonormalResult(v, status) if is_orthonormal(v) else OrthonormalResult(None, "kept")
 
 
-def orthonormal_columns(z_GKq: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (V, ok) of the regular way for many matrices at once, asking the host nothing.
+def orthonormal_columns(*z_GKq: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return ([V], ok) of the regular way for many matrices at once, asking the host nothing.
 
-    z_GKq: [G, K, q] float64. Returns V [G, K, q] and ok [G] bool; V means nothing where ok is false,
-    which is where `orthonormalize` falls back.
+    z_GKq: [G, K, q] float64; each may have its own G, K and q. Returns V [G, K, q] of each, and ok [sum of G]
+    bool; V means nothing where ok is false, which is where `orthonormalize` falls back.
+
+    The tall products are one for each argument. Gram matrices are all put together, those with fewer columns
+    continued by the identity, whose factor is the identity.
     """
-    noise = noise_level(z_GKq.shape[-1])
+    shapes, device = tuple((z.shape[0], z.shape[2]) for z in z_GKq), z_GKq[0].device
     # By the largest entry first, so that squares neither under- nor overflow. Then a norm is at least one but
     # for a column of zeros, which stays one and fails below. NaN and infinity become NaN and fail as well.
-    largest = torch.linalg.vector_norm(z_GKq, ord=torch.inf, dim=-2, keepdim=True)
-    v = z_GKq / largest.clamp_(min=torch.finfo(torch.float64).tiny)
-    v /= torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_(min=1.0)
-    identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
-    ok = None
-    for shift in (GRAM_SHIFT, 0.0):
-        gram = torch.bmm(v.mT, v)
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        if ok is None:
-            diagonal.add_(shift)
-        else:
-            # A column with a share rho of its own has the squared norm rho / (rho + GRAM_SHIFT) after the
-            # first pass.
-            ok &= diagonal.amin(dim=-1) > noise / (noise + GRAM_SHIFT)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        ok = info == 0 if ok is None else ok & (info == 0)
-        # A triangle of q x q is inverted and the tall matrix multiplied, which is what devices are fast at;
-        # what it costs in accuracy in the first pass, the second mends.
-        v = torch.bmm(v, torch.linalg.solve_triangular(factor, identity, upper=False).mT)
-    return v, ok & _are_orthonormal(v)
+    largest = [torch.linalg.vector_norm(z, ord=torch.inf, dim=-2, keepdim=True) for z in z_GKq]
+    torch._foreach_clamp_min_(largest, torch.finfo(torch.float64).tiny)
+    vs = [z / scale for z, scale in zip(z_GKq, largest, strict=True)]
+    identity, least_share = _identity(max(q for _, q in shapes), device), _least_shares(shapes, device)
+    grams = identity.repeat(least_share.numel(), 1, 1)
+    blocks = _blocks(grams, shapes)
+    _gram_matrices(vs, blocks)
+    norms = grams.diagonal(dim1=-2, dim2=-1).sqrt().clamp_(min=1.0)
+    scaled = grams / (norms[:, :, None] * norms[:, None, :])
+    scaled.diagonal(dim1=-2, dim2=-1).add_(GRAM_SHIFT)
+    inverse, first_failure = _inverse_factor(scaled, identity)
+    vs = _multiplied(vs, _blocks(inverse.div_(norms[:, None, :]), shapes))
+    _gram_matrices(vs, blocks)
+    # A column with a share rho of its own has the squared norm rho / (rho + GRAM_SHIFT) after the first pass.
+    ok = grams.diagonal(dim1=-2, dim2=-1).amin(dim=-1) > least_share
+    inverse, failure = _inverse_factor(grams, identity)
+    vs = _multiplied(vs, _blocks(inverse, shapes))
+    _gram_matrices(vs, blocks)
+    ok &= (first_failure | failure) == 0
+    return vs, ok.logical_and_(_are_identities(grams, identity))
+
+
+@lru_cache(maxsize=256)
+def _identity(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(size, dtype=torch.float64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _least_shares(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Return what the squared norm of every column must exceed after the first pass, for each matrix."""
+    noise = [noise_level(q) for num_matrices, q in shapes for _ in range(num_matrices)]
+    with torch.inference_mode(False):
+        values = [value / (value + GRAM_SHIFT) for value in noise]
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _blocks(matrices: Tensor, shapes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Return the leading [G, q, q] that belong to each argument, as views of all matrices put together."""
+    pieces = matrices.split([num_matrices for num_matrices, _ in shapes])
+    return [piece[:, :q, :q] for piece, (_, q) in zip(pieces, shapes, strict=True)]
+
+
+def _gram_matrices(vs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    for v, gram in zip(vs, out, strict=True):
+        torch.bmm(v.mT, v, out=gram)
+
+
+def _inverse_factor(grams: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L^-1 of gram = L L^T, and what is zero where there is such an L.
+
+    A triangle of q x q is inverted and the tall matrix multiplied, which is what devices are fast at; what it
+    costs in accuracy in the first pass, the second mends.
+    """
+    factor, failure = torch.linalg.cholesky_ex(grams)
+    return torch.linalg.solve_triangular(factor, identity, upper=False), failure
+
+
+def _multiplied(vs: Sequence[Tensor], inverses: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.bmm(v, inverse.mT) for v, inverse in zip(vs, inverses, strict=True)]
 
 
 def is_orthonormal(v_Kr: Tensor) -> bool:
     """Return whether V is finite and max|V^T V - I| < 1e-6."""
-    return bool(_are_orthonormal(v_Kr[None]))
+    return bool(_are_identities(v_Kr.mT @ v_Kr, _identity(v_Kr.shape[1], v_Kr.device)))
 
 
-def _are_orthonormal(v_GKr: Tensor) -> Tensor:
-    error = torch.bmm(v_GKr.mT, v_GKr)
-    error.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+def _are_identities(grams: Tensor, identity: Tensor) -> Tensor:
     # A NaN or infinity anywhere makes the comparison false.
-    return torch.linalg.vector_norm(error, ord=torch.inf, dim=(-2, -1)) < MAX_ORTHOGONALITY_ERROR
+    error = torch.linalg.vector_norm(grams - identity, ord=torch.inf, dim=(-2, -1))
+    return error < MAX_ORTHOGONALITY_ERROR
 
 
 def order_by_energy(v_Kr: Tensor, z_Kq: Tensor) -> Tensor:

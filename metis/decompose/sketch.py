@@ -8,7 +8,7 @@ B = x V is summed over canonical chunks of the feature axis in a fixed tree, as 
 multiplies the same matrices as a rank that holds them all.
 
 Shape letters: G bases, n rows, K features (of this rank: `parts` matrices side by side), C chunks held here,
-q columns.
+c chunks of all G bases, k features of a chunk, q columns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 
 from metis.decompose.projector import tree_sum
+
+MIN_RUN_ROWS = 2048
+"""A chunk of Z is small (512 x 64 for 4096 features): few multiprocessors work on it, however many rows it
+sums."""
 
 
 def sketch(x_nK: Tensor, b_nq: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,31 +36,57 @@ def sketch(x_nK: Tensor, b_nq: Tensor) -> tuple[Tensor, Tensor]:
     return x_nK.to(torch.float64).mT @ b_nq, b_nq.mT @ b_nq
 
 
+def directions_in_chunks(v_GKq: Tensor, num_local_chunks: int, parts: int = 1) -> Tensor:
+    """Return the directions of every chunk as `sketch_in_chunks` takes them, float64 [G C, K / C, q].
+
+    v_GKq: [G, K, q] any float dtype. num_local_chunks: C, of the features held here.
+    """
+    num_bases, _, num_columns = v_GKq.shape
+    pieces = v_GKq.unflatten(1, (parts, num_local_chunks, -1)).transpose(1, 2)
+    return _dense(pieces).view(num_bases * num_local_chunks, -1, num_columns)
+
+
 def sketch_in_chunks(
     x_GnK: Tensor,
-    v_GKq: Tensor,
-    num_local_chunks: int,
+    v_ckq: Tensor,
     parts: int = 1,
     complete: Callable[[Tensor], Tensor] = lambda b_Gnq: b_Gnq,
 ) -> tuple[Tensor, Tensor]:
     """Return (Z, gram) of each of G bases, [G, K, q] and [G, q, q] float64.
 
-    x_GnK: [G, n, K] rows, v_GKq: [G, K, q] directions, any float dtypes. num_local_chunks: chunks of the
-    features held here. complete: turns this rank's part of B (its subtree) into the whole, [G, n, q].
+    x_GnK: [G, n, K] rows, any float dtype; v_ckq: `directions_in_chunks`. complete: turns this rank's part of
+    B (its subtree) into the whole, [G, n, q].
     """
-    num_bases, num_columns = v_GKq.shape[0], v_GKq.shape[2]
-    x_cnk = _dense(x_GnK.unflatten(2, (parts, num_local_chunks, -1)).permute(0, 3, 1, 2, 4), 3)
-    v_ckq = _dense(v_GKq.unflatten(1, (parts, num_local_chunks, -1)).permute(0, 2, 1, 3, 4), 2)
-    partials = torch.bmm(x_cnk, v_ckq).unflatten(0, (num_bases, -1))
+    num_bases, num_rows, _ = x_GnK.shape
+    num_pieces, chunk, num_columns = v_ckq.shape
+    num_chunks = num_pieces // num_bases
+    x_cnk = _dense(x_GnK.unflatten(2, (parts, num_chunks, -1)).permute(0, 3, 1, 2, 4))
+    x_cnk = x_cnk.view(num_pieces, num_rows, chunk)
+    partials = torch.bmm(x_cnk, v_ckq).view(num_bases, num_chunks, num_rows, num_columns)
     b_Gnq = complete(tree_sum(partials.transpose(0, 1)))
     gram = torch.bmm(b_Gnq.mT, b_Gnq)
-    # For every chunk the same B: copied, because a batch needs one distance from matrix to matrix.
-    b_cnq = b_Gnq.repeat_interleave(num_local_chunks, dim=0)
-    z = torch.bmm(x_cnk.mT, b_cnq).view(num_bases, num_local_chunks, parts, -1, num_columns)
+    # For every chunk the same B; copied where need be, as a batch has one distance from matrix to matrix.
+    runs = num_runs(num_rows)
+    height = num_rows // runs
+    b_runs = b_Gnq.view(num_bases, 1, runs, height, num_columns).expand(-1, num_chunks, -1, -1, -1)
+    b_runs = b_runs.reshape(num_pieces * runs, height, num_columns)
+    z = torch.bmm(x_cnk.view(num_pieces * runs, height, chunk).mT, b_runs)
+    z = z.view(num_bases, num_chunks, runs, parts, -1, num_columns)
+    z = z[:, :, 0] if runs == 1 else z.sum(dim=2)
     return z.transpose(1, 2).reshape(num_bases, -1, num_columns), gram
 
 
-def _dense(pieces: Tensor, axis: int) -> Tensor:
-    """Return pieces [G, C, ...] as one batch of float64 matrices; `axis` and the next become one."""
-    dense = pieces.to(torch.float64, memory_format=torch.contiguous_format).contiguous()
-    return dense.flatten(axis, axis + 1).flatten(0, 1)
+def num_runs(num_rows: int) -> int:
+    """Return into how many equal runs Z cuts its sum over n rows: a power of two, of MIN_RUN_ROWS at least.
+
+    It depends on n alone and not on the chunks held here, so that ranks multiply the same matrices.
+    """
+    runs = 1
+    while num_rows % (2 * runs) == 0 and num_rows >= 2 * runs * MIN_RUN_ROWS:
+        runs *= 2
+    return runs
+
+
+def _dense(pieces: Tensor) -> Tensor:
+    """Return pieces in float64, in the order in which they are given, by one copy."""
+    return pieces.to(torch.float64, memory_format=torch.contiguous_format).contiguous()
