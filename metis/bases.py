@@ -227,7 +227,7 @@ class OperandBasis(nn.Module):
     def add_weight(self, weight: Tensor, rows: Axis) -> None:
         """Put all rows of w [N_local, K_local] aside for this step's sketch."""
         is_shared = rows.is_sharded and self.config.tp_mode != "local"
-        self._pending = Pending(rows=[weight.detach()], shards=rows if is_shared else None)
+        self._pending = Pending(rows=[weight], shards=rows if is_shared else None)  # read without gradients
 
     def put_aside(self, pending: Pending) -> None:
         """Have for this step's sketch what an earlier `take_pending` returned, which stays as it is."""

@@ -152,8 +152,9 @@ def _sketch_group(group: Sequence[tuple[Renewable, Pending]]) -> None:
     counts: Sequence[Tensor | int] = [x_GnK.shape[1]] * num_bases
     if x_GnK.shape[2] > num_features:
         counts = x_GnK[:, :, num_features].sum(dim=1, keepdim=True, dtype=torch.float64).unbind()
+        x_GnK = x_GnK[:, :, :num_features]
     height = max(1, _max_numel(rows.device) // (num_bases * num_features))
-    x_blocks = x_GnK[:, :, :num_features].split(height, dim=1)
+    x_blocks = (x_GnK,) if x_GnK.shape[1] <= height else x_GnK.split(height, dim=1)
     z_GKq, gram_Gqq = _sums(x_blocks, v_GKq[:, :, :num_columns], basis)
     for (_, pending), z, gram, count in zip(group, z_GKq.unbind(), gram_Gqq.unbind(), counts, strict=True):
         before, pending.rows = pending.sketch, []

@@ -42,7 +42,7 @@ def directions_in_chunks(v_GKq: Tensor, num_local_chunks: int, parts: int = 1) -
     v_GKq: [G, K, q] any float dtype. num_local_chunks: C, of the features held here.
     """
     num_bases, _, num_columns = v_GKq.shape
-    pieces = v_GKq.unflatten(1, (parts, num_local_chunks, -1)).transpose(1, 2)
+    pieces = v_GKq if parts == 1 else v_GKq.unflatten(1, (parts, num_local_chunks, -1)).transpose(1, 2)
     return _dense(pieces).view(num_bases * num_local_chunks, -1, num_columns)
 
 
@@ -71,9 +71,11 @@ def sketch_in_chunks(
     b_runs = b_Gnq.view(num_bases, 1, runs, height, num_columns).expand(-1, num_chunks, -1, -1, -1)
     b_runs = b_runs.reshape(num_pieces * runs, height, num_columns)
     z = torch.bmm(x_cnk.view(num_pieces * runs, height, chunk).mT, b_runs)
-    z = z.view(num_bases, num_chunks, runs, parts, -1, num_columns)
-    z = z[:, :, 0] if runs == 1 else z.sum(dim=2)
-    return z.transpose(1, 2).reshape(num_bases, -1, num_columns), gram
+    if runs > 1:
+        z = z.view(num_pieces, runs, chunk, num_columns).sum(dim=1)
+    if parts > 1:
+        z = z.view(num_bases, num_chunks, parts, -1, num_columns).transpose(1, 2)
+    return z.reshape(num_bases, -1, num_columns), gram
 
 
 def num_runs(num_rows: int) -> int:
