@@ -15,7 +15,7 @@ Shape letters: n sampled rows, M rows of a microbatch, K features, r rank, q col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -67,6 +67,29 @@ def _written(place: Tensor | None, value: Tensor) -> Tensor:
     if place is None or place.shape != value.shape or place.device != value.device:
         place = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     return place.copy_(value)
+
+
+@torch.no_grad()
+def overwrite_active(bases: Iterable[OperandBasis]) -> None:
+    """Write what states hold into the places that `active` returns, in one go; it would come to it one by
+    one.
+    """
+    stale = [
+        (basis, basis._active[1], v)
+        for basis in bases
+        if basis._active is not None
+        and basis._active[0] is not basis.state.v
+        and not basis.ordered
+        and (v := algebra.active_basis(basis.state)) is not None
+        and v.shape == basis._active[1].shape
+        and v.device == basis._active[1].device
+    ]
+    if not stale:
+        return
+    with torch.inference_mode(False):
+        torch._foreach_copy_([place for _, place, _ in stale], [v for _, _, v in stale])
+    for basis, place, _ in stale:
+        basis._active = basis.state.v, place
 
 
 class OperandBasis(nn.Module):

@@ -167,7 +167,7 @@ class WeightCache:
     copied or unpickled cache is empty. Raises ConfigError for another `keep`.
     """
 
-    def __init__(self, keep: str = "operand") -> None:
+    def __init__(self, keep: str = "codes") -> None:
         if keep not in KEEP:
             raise ConfigError("weight cache", f"must keep one of {KEEP}, received {keep!r}")
         self.keep = keep
@@ -201,7 +201,7 @@ class WeightCache:
         return WeightCache, (self.keep,)
 
 
-def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "operand") -> EncodedWeight:
+def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "codes") -> EncodedWeight:
     """Split and quantise a weight for both products that read it, with the factors that go beside it.
 
     w: bf16 [N, K], contiguous along K. keep: see `WeightCache`.

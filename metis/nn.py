@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metis.bases import OperandBasis
+from metis.bases import OperandBasis, overwrite_active
 from metis.clock import TrainingClock
 from metis.config import Recipe, ReparametrisationConfig
 from metis.errors import ConfigError, ShapeError
@@ -280,7 +280,9 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
         for operand, basis in core.own_bases():
             if operand == "weight" and basis.wants_sketch(step):
                 basis.add_weight(weight, core.out_features)
-    renew_bases([basis for core, _ in linears for _, basis in core.own_bases()], step, token_group)
+    bases = [basis for core, _ in linears for _, basis in core.own_bases()]
+    renew_bases(bases, step, token_group)
+    overwrite_active(bases)
 
 
 def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:

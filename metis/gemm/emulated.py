@@ -58,7 +58,7 @@ class EmulatedGemm:
     """
 
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    weight_cache: Literal["operand", "codes"] = "operand"
+    weight_cache: Literal["operand", "codes"] = "codes"
     name: ClassVar[str] = "emulated"
     reads_bytes: ClassVar[bool] = False
 

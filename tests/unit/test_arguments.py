@@ -142,7 +142,7 @@ OUR_DEFAULTS = {
     "no_optimizer_fusion": False,
     "gemm_backend": "auto",
     "quantize_kernels": "auto",
-    "weight_cache": "operand",
+    "weight_cache": "codes",
     "device": "auto",
     "keep_last_checkpoints": None,
     "metrics_file": None,
