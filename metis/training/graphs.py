@@ -12,8 +12,9 @@ for the next bases. They are kept with the graph and handed out again after ever
 holds the new step's numbers.
 
 Traps:
-* Nothing may ask the device inside a step: no dropout, no recomputation (both read generator states), no loss
-  scaling, no check of gradients inside backward (`metis.training.operand_guard` makes it afterwards).
+* Nothing may ask the device inside a step: no timers of the engine (it is given none), no dropout, no
+  recomputation (both read generator states), no loss scaling, no check of gradients inside backward
+  (`metis.training.operand_guard` makes it afterwards).
 * Bases are overwritten in place (`OperandBasis.active`), parameters and gradient buffers never move.
 * The model is built, and everything runs, on a stream that is not the default one (`initialize`).
 * All graphs share one memory pool: what a replay left behind is gone after the next one. A pool whose graphs
@@ -34,7 +35,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from metis.bases import OperandBasis
@@ -111,6 +111,14 @@ class StepGraphs:
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
             raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
+        for linear in recipe_linears(self.model):
+            basis = linear.core.recipe.basis
+            if basis is not None and basis.tp_mode == "local" and self.args.tensor_model_parallel_size > 1:
+                raise ConfigError(
+                    "--cuda-graph-impl",
+                    "must be none where every tensor-parallel rank renews bases of its own (basis.tp_mode: "
+                    "local), in steps of its own",
+                )
         at_shut_down(self.release)
 
     def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
@@ -201,7 +209,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         try:
             with (
-                _quiet_engine(self.model),
+                _quiet_engine(),
                 torch.cuda.graph(
                     graph,
                     pool=self._pool,
@@ -250,19 +258,14 @@ def _layout(batch: Batch) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _quiet_engine(model: list[nn.Module]) -> Iterator[None]:
-    """Keep the engine from reading clocks and generator states, which a capture does not allow.
+def _quiet_engine() -> Iterator[None]:
+    """Keep the engine from reading generator states, which a capture does not allow.
 
     Sequence parallelism enters a stream of random numbers that nothing draws from, since dropout is off.
     """
-    configs, tracker = [get_model_config(chunk) for chunk in model], tensor_parallel.get_cuda_rng_tracker()
-    timers = [config.timers for config in configs]
+    tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.fork = lambda *name: nullcontext()
-    for config in configs:
-        config.timers = None
     try:
         yield
     finally:
         del tracker.fork
-        for config, kept in zip(configs, timers, strict=True):
-            config.timers = kept

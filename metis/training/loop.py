@@ -93,7 +93,7 @@ class Run:
         args, model = self.args, self.model
         config = get_model_config(model[0])
         config.grad_scale_func = self.optimizer.scale_loss
-        config.timers = self.timers
+        config.timers = self.timers if args.cuda_graph_impl == "none" else None  # they synchronise
         config.finalize_model_grads_func = finalize_model_grads
 
         def per_chunk(functions: list[Any]) -> Any:

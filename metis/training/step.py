@@ -27,7 +27,7 @@ from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
 from metis.schedule import all_uses
 from metis.training.batches import batch_on_this_cp_rank
-from metis.training.graphs import IS_LOCAL, POSITION_WORDS, StepGraphs
+from metis.training.graphs import IS_LOCAL, POSITION_WORDS, Schedule, StepGraphs
 from metis.training.model import recipes_by_phase
 from metis.training.operand_guard import (
     Finding,
@@ -103,8 +103,23 @@ class StepRunner:
         )
         self._launched = self._passes = partial(self._run_schedule, forward_only=False)
         if is_graphed:
-            self._passes = StepGraphs(args, model, clock, self._launched, args.cuda_graph_warmup_steps)
+            self._passes = self._timed(
+                StepGraphs(args, model, clock, self._launched, args.cuda_graph_warmup_steps)
+            )
+            self._launched = self._timed(self._launched)
         self.quantization = QuantizationLog(args.log_quantization_interval, model, clock)
+
+    def _timed(self, passes: Schedule) -> Schedule:
+        """Return passes with the timer around them that the engine, which may be captured, cannot have."""
+
+        def run(data_iterator: Any, num_microbatches: int) -> list[dict]:
+            self.timers("forward-backward", log_level=1).start()
+            try:
+                return passes(data_iterator, num_microbatches)
+            finally:
+                self.timers("forward-backward").stop()
+
+        return run
 
     def _forward_step(self, data_iterator: Any, model: nn.Module) -> tuple[Tensor, Callable]:
         """Run one microbatch through one model chunk; middle stages get the microbatch's position only."""

@@ -67,11 +67,11 @@ class Steps:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(graphs.dist, "barrier", lambda: None)
         monkeypatch.setattr(graphs, "recipe_linears", lambda model: self.linears)
-        monkeypatch.setattr(graphs, "_quiet_engine", lambda model: nullcontext())
+        monkeypatch.setattr(graphs, "_quiet_engine", nullcontext)
         monkeypatch.setattr(StepGraphs, "_local", staticmethod(lambda batch: batch))
         monkeypatch.setattr(StepGraphs, "_stage", lambda self, batches: SimpleNamespace(batches=batches))
         monkeypatch.setattr(initialize, "_AT_SHUT_DOWN", [])
-        args = Namespace(device="cuda", micro_batch_size=1)
+        args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=1)
         self.graphs = StepGraphs(args, [], TrainingClock(), self._launch, num_warmup_steps)
 
     def _launch(self, batches: Iterator[Any], num_microbatches: int) -> list[Any]:
@@ -112,6 +112,17 @@ def test_the_last_kind_of_a_long_ramp_up_is_captured_and_the_oldest_graphs_go(mo
     made = CountedGraph.made
     assert len(made) == 3 * MAX_KINDS - 1 and all(graph.num_replays == 2 for graph in made)
     assert [graph.is_reset for graph in made] == [True] * (len(made) - MAX_KINDS) + [False] * MAX_KINDS
+
+
+def test_bases_that_ranks_renew_for_themselves_are_refused(monkeypatch):
+    """Ranks may want sketches in different steps, and one would capture while another launches."""
+    core = SimpleNamespace(recipe=SimpleNamespace(basis=BasisConfig(tp_mode="local")))
+    monkeypatch.setattr(graphs, "recipe_linears", lambda model: [SimpleNamespace(core=core)])
+    monkeypatch.setattr(initialize, "_AT_SHUT_DOWN", [])
+    for tp_size in (1, 2):
+        args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=tp_size)
+        with pytest.raises(ConfigError, match="tp_mode: local") if tp_size > 1 else nullcontext():
+            StepGraphs(args, [], TrainingClock(), lambda batches, number: [], 1)
 
 
 def test_a_kind_that_keeps_coming_outlives_others(monkeypatch):
