@@ -62,34 +62,22 @@ def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _written(place: Tensor | None, value: Tensor) -> Tensor:
-    """Return `place` with the value in it; a new one where there is none that fits."""
-    if place is None or place.shape != value.shape or place.device != value.device:
-        place = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    return place.copy_(value)
+def _fitting(place: Tensor | None, value: Tensor) -> Tensor:
+    if place is not None and place.shape == value.shape and place.device == value.device:
+        return place
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 @torch.no_grad()
 def overwrite_active(bases: Iterable[OperandBasis]) -> None:
     """Write what states hold into the places that `active` returns, in one go; it would come to it one by
-    one.
+    one. A basis that nobody has asked for yet gets no place.
     """
-    stale = [
-        (basis, basis._active[1], v)
-        for basis in bases
-        if basis._active is not None
-        and basis._active[0] is not basis.state.v
-        and not basis.ordered
-        and (v := algebra.active_basis(basis.state)) is not None
-        and v.shape == basis._active[1].shape
-        and v.device == basis._active[1].device
-    ]
-    if not stale:
-        return
     with torch.inference_mode(False):
-        torch._foreach_copy_([place for _, place, _ in stale], [v for _, _, v in stale])
-    for basis, place, _ in stale:
-        basis._active = basis.state.v, place
+        asked = [basis for basis in bases if basis._active is not None]
+        pairs = [pair for basis in asked for pair in basis._renew_places()]
+        if pairs:
+            torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
 
 class OperandBasis(nn.Module):
@@ -150,18 +138,25 @@ class OperandBasis(nn.Module):
 
     def _in_use(self) -> tuple[Tensor, ...] | None:
         """Return the places of V and, where it is `ordered`, of its energies, holding those of the state."""
+        if self._active is None or self._active[0] is not self.state.v:
+            with torch.inference_mode(False), torch.no_grad():
+                for place, value in self._renew_places():
+                    place.copy_(value)
+        return None if self._active is None or self.state.phase == "empty" else self._active[1:]
+
+    def _renew_places(self) -> list[tuple[Tensor, Tensor]]:
+        """Have places for what the state holds, the same ones where they fit; return (place, value) of those
+        that the caller has to fill.
+        """
         state = self.state
-        if self._active is not None and self._active[0] is state.v:
-            return self._active[1:]
         v = algebra.active_basis(state)
-        if v is None:
-            return None
+        if v is None or (self._active is not None and self._active[0] is state.v):
+            return []
         values = (v, state.energies[: state.rank]) if self.ordered else (v,)
         places = (None,) * len(values) if self._active is None else self._active[1:]
-        with torch.inference_mode(False), torch.no_grad():
-            places = tuple(map(_written, places, values))
+        places = tuple(map(_fitting, places, values))
         self._active = state.v, *places
-        return places
+        return list(zip(places, values, strict=True))
 
     @property
     def num_rows_needed(self) -> int:

@@ -61,7 +61,7 @@ class OperandWatch:
         if amaxes and amaxes[-1] is amax:  # a weight is encoded once for many microbatches
             return
         amaxes.append(amax)
-        if len(amaxes) >= _KEPT_AMAXES:
+        if len(amaxes) == _KEPT_AMAXES:
             amaxes[:] = [torch.stack(amaxes).amax()]
 
     def take_noted(self) -> NotedAmaxes:

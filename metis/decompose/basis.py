@@ -191,18 +191,17 @@ def renewed(
 ) -> BasisState:
     """Return the state after a refresh at `step` that made v_Kq, [K, q] bf16, and energies, [q] float64."""
     old = without_sketch(state)
-    return (
-        BasisState(  # not by `replace`, which looks every field up: this is done for every basis of a model
-            phase=phase,
-            rank=old.rank,
-            v=v_Kq,
-            z=old.z,
-            gram=old.gram,
-            energies=energies,
-            last_refresh_step=step,
-            num_kept=old.num_kept,
-            num_refreshes=old.num_refreshes + 1,
-        )
+    # Not by `replace`, which looks every field up: this is done for every basis of a model.
+    return BasisState(
+        phase=phase,
+        rank=old.rank,
+        v=v_Kq,
+        z=old.z,
+        gram=old.gram,
+        energies=energies,
+        last_refresh_step=step,
+        num_kept=old.num_kept,
+        num_refreshes=old.num_refreshes + 1,
     )
 
 

@@ -62,6 +62,15 @@ Schedule = Callable[[Iterator[Batch], int], Reports]
 """Runs forward and backward of so many microbatches."""
 
 
+def on_this_rank(batch: Batch) -> Batch:
+    """Return this context-parallel rank's part of a batch, which may have been taken already."""
+    if IS_LOCAL in batch:
+        return batch
+    cp_rank = parallel_state.get_context_parallel_rank()
+    cp_size = parallel_state.get_context_parallel_world_size()
+    return batch_on_this_cp_rank(batch, cp_rank, cp_size) | {IS_LOCAL: True}
+
+
 @dataclass(slots=True)
 class _Staged:
     """Where batches of one layout lie for graphs to read: fields of each microbatch; words: int32 [n, 2]."""
@@ -123,7 +132,7 @@ class StepGraphs:
 
     def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
         """Run the passes of one step of `num_microbatches` microbatches."""
-        batches = [self._local(next(data_iterator)) for _ in range(num_microbatches)]
+        batches = [on_this_rank(next(data_iterator)) for _ in range(num_microbatches)]
         self._num_steps += 1
         kind = self._kind(batches)
         is_new = kind not in self._kinds
@@ -155,12 +164,6 @@ class StepGraphs:
             oldest.graph.reset()
         if not any(self._kinds.values()):
             self._pool = None
-
-    @staticmethod
-    def _local(batch: Batch) -> Batch:
-        cp_rank = parallel_state.get_context_parallel_rank()
-        cp_size = parallel_state.get_context_parallel_world_size()
-        return batch_on_this_cp_rank(batch, cp_rank, cp_size) | {IS_LOCAL: True}
 
     def _kind(self, batches: list[Batch]) -> tuple[Any, ...]:
         """Return what decides which kernels run, for the recipes and bases in use.

@@ -26,8 +26,7 @@ from metis.clock import TrainingClock
 from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
 from metis.schedule import all_uses
-from metis.training.batches import batch_on_this_cp_rank
-from metis.training.graphs import IS_LOCAL, POSITION_WORDS, Schedule, StepGraphs
+from metis.training.graphs import POSITION_WORDS, Schedule, StepGraphs, on_this_rank
 from metis.training.model import recipes_by_phase
 from metis.training.operand_guard import (
     Finding,
@@ -129,9 +128,7 @@ class StepRunner:
         self.clock.begin_microbatch(
             int(batch["first_sample"]) // self.args.micro_batch_size, batch.get(POSITION_WORDS)
         )
-        if IS_LOCAL not in batch:
-            cp_rank = parallel_state.get_context_parallel_rank()
-            batch = batch_on_this_cp_rank(batch, cp_rank, parallel_state.get_context_parallel_world_size())
+        batch = on_this_rank(batch)
         fields = {name: batch.get(name) for name in BATCH_FIELDS}
         if self.args.device == "cuda":
             fields = {k: None if v is None else v.cuda(non_blocking=True) for k, v in fields.items()}

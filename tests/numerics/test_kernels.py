@@ -90,6 +90,28 @@ def test_compiled_kernels_round_every_operation_and_keep_denormals():
     assert code["compiled_for_steps"] == 0
 
 
+def test_compiled_products_read_no_register_before_it_is_written():
+    """What ptxas 12.8 made of an earlier form of the residual, in three lines, and what is made of this
+    one.
+    """
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        from machine_code import undefined_reads
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    broken = (
+        "/*1010*/ UIADD3 UR26, UP0, UR26, 0x20, URZ ;\n"
+        "/*1050*/ UMOV UR27, 0xc0000010 ;\n"
+        "/*28e0*/ HGMMA.64x16x16.F32.BF16 R56, R28, gdesc[UR24].tnspB, R56 ;"
+    )
+    copied = "/*1000*/ UMOV UR26, UR5 ;\n"
+    assert [line[:4] for line in undefined_reads(broken)] == ["1010"]
+    assert [line[:4] for line in undefined_reads(copied + broken)] == ["1000"]
+    assert undefined_reads("/*0ff0*/ ULDC.64 UR4, c[0x0][0x258] ;\n" + copied + broken) == []
+    report = run_script("machine_code.py", interpret=False)
+    assert report["compiled"] >= 10 and report["found"] == {}
+
+
 @pytest.mark.long
 def test_every_variant_compiles_and_the_reader_sees_contraction():
     assert not any(run_script("kernel_code.py", "--full", interpret=False)["found"].values())

@@ -68,7 +68,7 @@ class Steps:
         monkeypatch.setattr(graphs.dist, "barrier", lambda: None)
         monkeypatch.setattr(graphs, "recipe_linears", lambda model: self.linears)
         monkeypatch.setattr(graphs, "_quiet_engine", nullcontext)
-        monkeypatch.setattr(StepGraphs, "_local", staticmethod(lambda batch: batch))
+        monkeypatch.setattr(graphs, "on_this_rank", lambda batch: batch)
         monkeypatch.setattr(StepGraphs, "_stage", lambda self, batches: SimpleNamespace(batches=batches))
         monkeypatch.setattr(initialize, "_AT_SHUT_DOWN", [])
         args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=1)
@@ -123,6 +123,33 @@ def test_bases_that_ranks_renew_for_themselves_are_refused(monkeypatch):
         args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=tp_size)
         with pytest.raises(ConfigError, match="tp_mode: local") if tp_size > 1 else nullcontext():
             StepGraphs(args, [], TrainingClock(), lambda batches, number: [], 1)
+
+
+def test_every_replay_leaves_behind_what_the_captured_step_did(monkeypatch):
+    """Amaxes for the watch and rows for the next basis, as a launched step leaves them."""
+    left, aside = SimpleNamespace(pending=None), []
+
+    def take_pending() -> Any:
+        taken, left.pending = left.pending, None
+        return taken
+
+    steps = Steps(monkeypatch)
+    linear = steps.linear(torch.zeros(2))
+    basis = linear.core.bases["input"]
+    basis.take_pending, basis.put_aside = take_pending, aside.append
+    steps.linears = [linear]
+    watch, rows = steps.graphs.clock.watch, object()
+
+    def launch(batches: Iterator[Any], num_microbatches: int) -> list[Any]:
+        watch.note_amax("layer", "fprop_input", torch.tensor(float("nan")))
+        left.pending = rows
+        return []
+
+    steps.graphs.run = launch
+    for num_replays in (0, 1, 2, 3):
+        steps.make(1)
+        assert watch.take_nonfinite() == [("layer", "fprop_input")]
+        assert aside == [rows] * num_replays
 
 
 def test_a_kind_that_keeps_coming_outlives_others(monkeypatch):
