@@ -175,13 +175,13 @@ def _two_readers(rank: int, world_size: int, data: str) -> dict[str, Any]:
         from metis.training import step
         from metis.training.loop import Run
 
-        original = step.batch_on_this_cp_rank
+        original = step.on_this_rank
 
-        def remember(batch: Any, cp_rank: int, cp_size: int) -> Any:
+        def remember(batch: Any) -> Any:
             tokens.append(batch["tokens"].clone())
-            return original(batch, cp_rank, cp_size)
+            return original(batch)
 
-        step.batch_on_this_cp_rank = remember
+        step.on_this_rank = remember
         run = Run(args)
         run.set_up()
         for iteration in range(3):
