@@ -288,6 +288,15 @@ class SplitConfig:
             "reads; only for reproducing the paper"
         },
     )
+    head_placement: Literal["apart", "merged"] = field(
+        default="apart",
+        metadata={
+            "doc": "apart: the head enters products through thin GEMMs of its own. merged: it is added back "
+            "to the decoded residual, x^ = bf16(x + (q(R) - R)), and one GEMM reads that: faster in "
+            "emulation, but x's head meets the other operand's quantised values, and no FP4 hardware can "
+            "multiply x^"
+        },
+    )
     head_quantizer: QuantizerConfig | None = field(
         default=None,
         metadata={"doc": "of P and V (blocks along the rank) unless head_format is bf16; none: nvfp4 1x16"},
@@ -310,6 +319,16 @@ class SplitConfig:
             self.head_format == "bf16" or self.rank is not None,
             "split.head_format",
             "must be 'bf16' without a rank: a mean is a bias vector and stays in bf16",
+        )
+        _require(
+            self.head_placement in ("apart", "merged"),
+            "split.head_placement",
+            f"must be apart or merged, received {self.head_placement!r}",
+        )
+        _require(
+            self.head_placement == "apart" or self.head_format == "bf16",
+            "split.head_placement",
+            f"must be 'apart' with head_format {self.head_format!r}: x less the residual is the bf16 head",
         )
         quantizer = self.head_quantizer
         _require(
@@ -348,6 +367,11 @@ class CellConfig:
 
     quantizer: QuantizerConfig | None = field(default=None, metadata={"doc": "none: the compute dtype"})
     split: SplitConfig | None = field(default=None, metadata={"doc": "none: the operand is used whole"})
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the head is added back to the decoded residual before the product."""
+        return self.split is not None and self.split.head_placement == "merged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -662,6 +686,18 @@ class Recipe:
             "must be off with rht on wgrad_input and a split wgrad_grad_output: the thin product needs the "
             "residual unrotated",
         )
+        _require(
+            not self.save_packed or not self.wgrad_input.is_merged,
+            f"{where}: save_packed",
+            "must be off with wgrad_input.split.head_placement 'merged': codes do not hold what is "
+            "multiplied",
+        )
+        _require(
+            self.spectral_learning_rate is None
+            or not (self.wgrad_grad_output.is_merged or self.dgrad_grad_output.is_merged),
+            f"{where}: spectral_learning_rate",
+            "needs split.head_placement 'apart' of the output gradient: it scales the head by itself",
+        )
 
     def _check_splits(self) -> None:
         where = f"recipe {self.name!r}"
@@ -680,6 +716,13 @@ class Recipe:
                 a is None or b is None or a == b,
                 f"{where}: {second}.split",
                 f"must equal {first}.split or be absent: one tensor has one basis",
+            )
+        for name in CELL_NAMES:
+            cell = getattr(self, name)
+            _require(
+                not cell.is_merged or cell.quantizer is not None,
+                f"{where}: {name}.split.head_placement",
+                "has no effect without a quantizer; remove it",
             )
         for name in ("fprop_weight", "dgrad_weight"):
             split = getattr(self, name).split
@@ -729,6 +772,11 @@ class Recipe:
         """Whether any cell keeps a basis."""
         splits = (getattr(self, name).split for name in CELL_NAMES)
         return any(split is not None and split.rank is not None for split in splits)
+
+    @property
+    def has_merged_heads(self) -> bool:
+        """Whether an operand is multiplied with its head added back."""
+        return any(getattr(self, name).is_merged for name in CELL_NAMES)
 
     @property
     def is_high_precision(self) -> bool:

@@ -7,7 +7,8 @@ Two ways to keep the codes, with the same products, bit for bit:
 
     "operand"   decoded, in buffers as wide as the products want them: 2 bytes per weight
     "codes"     4-bit codes and block scales (NVFP4: 0.5625 bytes per weight in blocks of 16, 0.504 in tiles);
-                each product decodes them into a buffer of its own, which goes when the product is formed
+                each product decodes them into a buffer of its own, which goes when the product is formed.
+                A weight whose head is added back has no codes: it is kept as an operand
 
 Where both products read the same tiles one copy serves both. A buffer has the same strides either way, so
 that the library that multiplies is asked the same. Each product fills in what depends on its own alpha.
@@ -37,6 +38,8 @@ from metis.fused_operand import (
     amaxes,
     basis_of,
     decode_into,
+    head_basis_of,
+    is_merged,
     place_all,
     quantize_into,
     quantize_to_bytes,
@@ -121,7 +124,7 @@ class EncodedSide:
     kept: that buffer, complete but for the columns or rows of `scaled`, or the codes that it is made from.
     scaled: the factor that goes in times 1 / alpha, fp32, w V_x [N, r_x] or V_g^T w [r_g, K]. head: the one
     that goes in as it is, bf16, U [N, r_w] or V_w^T [r_w, K]. amax: of what was quantised, None where nothing
-    is scaled by it.
+    is scaled by it. is_merged: the head has been added back, and the tensor scale is in the operand.
     """
 
     layout: _Layout
@@ -129,6 +132,7 @@ class EncodedSide:
     scaled: Tensor | None
     head: Tensor | None
     amax: Tensor | None
+    is_merged: bool = False
 
     def open(self) -> tuple[Tensor, list[Thin]]:
         """Return the buffer of one product and what has to be placed there before it is multiplied."""
@@ -211,12 +215,15 @@ def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "codes") -> Encode
     if quantizers == (None, None):
         return EncodedWeight()
     num_out, num_in = w_NK.shape
-    v_x, v_g = basis_of(plan, "fprop_input"), basis_of(plan, "dgrad_grad_output")
-    v_w = basis_of(plan, _CELLS[0] if cells[0].split is not None else _CELLS[1])
-    r_x, r_g, r_w = width_of(v_x), width_of(v_g), width_of(v_w)
+    v_x, v_g = head_basis_of(plan, "fprop_input"), head_basis_of(plan, "dgrad_grad_output")
+    its_cell = _CELLS[0] if cells[0].split is not None else _CELLS[1]
+    v_w, merges = basis_of(plan, its_cell), is_merged(plan, its_cell)
     u, amax, residual = None, None, w_NK
     if v_w is not None:
         u, amax, residual, _ = split(w_NK, v_w, plan.in_features, plan)
+    if merges:
+        u = v_w = None
+    r_x, r_g, r_w = width_of(v_x), width_of(v_g), width_of(v_w)
     known = amaxes(residual, plan, _CELLS, quantizers, amax)
     width = num_in + r_x + r_w
     layouts = (
@@ -225,16 +232,19 @@ def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "codes") -> Encode
     )
     heads = u, None if v_w is None else v_w.t()
     kept: Sequence[Tensor | _Codes | None]
-    if keep == "codes":
+    if keep == "codes" and not merges:
         kept = _codes(residual, plan, quantizers, known)
     else:
-        kept = _operands(residual, plan, quantizers, known, layouts, heads)
+        whole = w_NK if merges else None
+        kept = _operands(residual, plan, quantizers, known, layouts, heads, whole)
     scaled = (
         None if v_x is None else _fp32(w_NK, v_x.t()),
         None if v_g is None else _fp32(v_g.t(), w_NK.t()),
     )
     fprop, dgrad = (
-        None if its is None else EncodedSide(layout=layout, kept=its, scaled=thin, head=head, amax=of_it)
+        None
+        if its is None
+        else EncodedSide(layout=layout, kept=its, scaled=thin, head=head, amax=of_it, is_merged=merges)
         for its, layout, thin, head, of_it in zip(kept, layouts, scaled, heads, known, strict=True)
     )
     return EncodedWeight(fprop, dgrad, u)
@@ -267,8 +277,12 @@ def _operands(
     known: _Pair,
     layouts: tuple[_Layout, _Layout],
     heads: _Pair,
+    whole_weight: Tensor | None,
 ) -> list[Tensor | None]:
-    """Return the buffer of either side with weight and head in place; views of one where tiles serve both."""
+    """Return the buffer of either side with weight and head in place; views of one where tiles serve both.
+
+    whole_weight: what the residual is left of, where the head is added back to the operand.
+    """
     shares = _share_tiles(quantizers)
     if shares:
         whole = wide(residual, sum(layouts[1].sizes), layouts[0].row_stride)
@@ -281,10 +295,12 @@ def _operands(
         buffer = layout.cut_from(whole) if shares else layout.new_buffer(residual)
         kept.append(buffer)
         if side == 0 or not shares:
-            matrix, place = residual, layout.weight_in(buffer)
+            sides = [residual, whole_weight, layout.weight_in(buffer)]
             if side == 1:
-                matrix, place = matrix.t(), place.t()
-            quantize_into(matrix, quantizer, plan, _CELLS[side], known[side], place)
+                sides = [None if matrix is None else matrix.t() for matrix in sides]
+            matrix, source, place = sides
+            assert matrix is not None and place is not None
+            quantize_into(matrix, quantizer, plan, _CELLS[side], known[side], place, whole=source)
         if head is not None:
             thin.append(Thin(head, layout.head_in(buffer), False))
     place_all(thin, None)

@@ -10,7 +10,9 @@ identity,
     dw = V_g ((P_g^T P_x) V_x^T + P_g^T R_x) + (R_g^T P_x) V_x^T + q(R_g)^T q(R_x)
 
 and only the last term of each line is full size and runs in low precision; a head that a cell does not ask
-for drops out. Each copy is quantised from the high-precision residual, never from another FP4 tensor.
+for drops out. An operand with a merged head counts as one without a head: its own x^ = bf16(x + (q(R) - R))
+in the full-size product, x itself in thin ones. Each copy is quantised from the high-precision residual,
+never from another FP4 tensor.
 
 Under tensor parallelism every term is linear in this rank's shard (P is global), so the engine's own
 reduction of the output or of dx sums the terms of all ranks. Under sequence parallelism one operand (x of a
@@ -40,6 +42,7 @@ from metis.operand import (
     NoiseStream,
     SplitMatrix,
     encode,
+    merged,
     split_matrix,
 )
 from metis.quantize import QuantizedTensor
@@ -181,9 +184,20 @@ class Operand:
     encoded: EncodedMatrix | None = None
 
     @property
-    def has_head(self) -> bool:
+    def is_split(self) -> bool:
         """Whether something was split off."""
         return self.split.p is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether what was split off is added back before the full-size product."""
+        cell: CellConfig = getattr(self.plan.recipe, self.cell_name)
+        return self.is_split and cell.is_merged
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a head enters products by itself."""
+        return self.is_split and not self.is_merged
 
     @property
     def p(self) -> Tensor:
@@ -199,9 +213,14 @@ class Operand:
 
     @property
     def residual(self) -> Tensor:
-        """R of the rows held here: as split, or decoded from a packed copy (blocked along the rows)."""
+        """What the full-size product stands for, of the rows held here: R as split, or decoded from a packed
+        copy (blocked along the rows); the whole operand where the head is merged.
+        """
         if self.encoded is not None:
             return self.encoded.dequantize(self.split.residual.dtype).t()
+        if self.is_merged:
+            assert self.source is not None
+            return self.source
         return self.split.residual
 
     def times(self, v: Tensor, accumulate: torch.dtype) -> Tensor:
@@ -227,7 +246,7 @@ class Operand:
         memo = {} if self.memo is None else self.memo
         # Rotated along another axis it is another matrix with an amax of its own.
         rotation = None if cell.quantizer.rht is None else name
-        key = (operand_of(name), "amax", self.has_head, rotation)
+        key = (operand_of(name), "amax", self.is_split, rotation)
         rows, cols = plan.axes(name)
         encoded = encode(
             matrix,
@@ -257,10 +276,21 @@ class Operand:
         is_observed = plan.watch is not None and plan.watch.observer is not None
         return self.gather is not None or is_packed or is_observed or plan.backend.reads_bytes
 
+    def _merged(self, encoded: EncodedMatrix) -> Tensor:
+        """Return the operand of the rows held here with its head added back, bf16."""
+        quantizer = getattr(self.plan.recipe, self.cell_name).quantizer
+        assert self.source is not None and quantizer is not None
+        x, residual = self.source, self.split.residual
+        if is_transposed(self.cell_name):
+            x, residual = x.t(), residual.t()
+        return merged(x, residual, encoded, quantizer.rht)
+
     def factors(self) -> tuple[QuantizedTensor | Tensor, ...]:
         """Return the terms of the full-size product: the whole operand, blocks along the contraction axis."""
-        encoded = self.encode_here()
+        encoded: EncodedMatrix | Tensor = self.encode_here()
         along_columns = CELL_AXES[self.cell_name][1] == "tokens"
+        if self.is_merged and isinstance(encoded, EncodedMatrix):
+            encoded = self._merged(encoded)
         if isinstance(encoded, Tensor):
             if self.gather is None:
                 return (encoded,)
@@ -306,13 +336,30 @@ def multiply(left: Operand, right: Operand, accumulate: torch.dtype) -> Tensor:
     for a in lefts:
         for b in rights:
             if isinstance(a, Tensor) or isinstance(b, Tensor):
-                assert isinstance(a, Tensor) and isinstance(b, Tensor)
-                part = product(a, b, accumulate)
+                part = _product_with_matrix(a, b, accumulate)
             else:
                 part = left.plan.backend.multiply(a, b, accumulate)
             total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def _product_with_matrix(
+    a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor, accumulate: torch.dtype
+) -> Tensor:
+    """Return a b^T where a or b is a plain matrix: the other one's tensor scale goes onto the accumulator."""
+    on_cuda, scale = a.device.type == "cuda" and accumulate == torch.float32, None
+    matrices = []
+    for factor in (a, b):
+        if isinstance(factor, Tensor):
+            matrices.append(factor)
+            continue
+        # Where bf16 does not hold the operand (FP8 blocks with fp32 scales) its own scales go in, in fp32.
+        matrices.append(factor.operand(torch.bfloat16 if on_cuda and factor.is_exact_in_bf16 else accumulate))
+        if factor.has_tensor_scale:
+            scale = factor.tensor_scale().to(accumulate)
+    result = product(matrices[0], matrices[1], accumulate)
+    return result if scale is None else result.mul_(scale)
 
 
 def fprop(

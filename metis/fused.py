@@ -51,6 +51,12 @@ class FusedTensor:
         """Whether `tensor_scale()` can differ from 1."""
         return self.format == "nvfp4"
 
+    def tensor_scale(self) -> Tensor:
+        """Return what the operand is to be multiplied by, as `QuantizedTensor.tensor_scale`; fp32 0-dim."""
+        if not self.has_tensor_scale:
+            return torch.ones_like(self.amax)
+        return self.amax / torch.full_like(self.amax, self.scale_target)
+
     def operand(self, dtype: torch.dtype) -> Tensor:
         """Return `value * block_scale` [R, C], exact in any of bf16, fp32 and fp64."""
         if self.output.operand is None:
@@ -131,12 +137,14 @@ def kernel_quantize(
     want_operand: bool = True,
     operand_out: Tensor | None = None,
     gemm_scales: GemmScales | None = None,
+    whole: Tensor | None = None,
 ) -> KernelOutput:
     """Return codes, scales and operand that `metis.quantize` would make of the matrix [R, C], rotation
     included.
 
     amax: reduced over shards; not read where the format has no tensor scale. operand_out: where the decoded
     operand goes, bf16 [R, C]; None: a new tensor. gemm_scales: what else NVFP4 writes, see `GemmScales`.
+    whole: what the matrix is the residual of; its head is added back to the operand.
     """
     common = {
         "rounding": quantizer.rounding,
@@ -147,6 +155,7 @@ def kernel_quantize(
         "want_packed": want_bytes,
         "want_operand": want_operand,
         "operand_out": operand_out,
+        "whole": whole,
     }
     if quantizer.format == "mxfp4":
         return kernels.quantize_mxfp4(matrix, **common)

@@ -42,7 +42,8 @@ _GEMMS = {
 def is_fusable(recipe: Recipe, in_features: int, out_features: int) -> bool:
     """Whether this file covers a recipe: 4-bit cells of one term, bf16 heads, no mean.
 
-    Both cells of a GEMM are quantised or neither; both cells of an operand split alike (or one is whole).
+    Both cells of a GEMM are quantised or neither; both cells of an operand split alike (or one is whole); all
+    heads apart, or all merged.
     """
     if recipe.spectral_learning_rate is not None:
         return False
@@ -57,9 +58,13 @@ def is_fusable(recipe: Recipe, in_features: int, out_features: int) -> bool:
             continue
         if quantizer is None or split.head_format != "bf16" or split.mean_first or split.rank is None:
             return False
+        if cell.is_merged and quantizer.four_over_six is not None:
+            return False
         features = out_features if operand_of(name) == "grad_output" else in_features
         if split.rank.columns(features) > MAX_RANK:
             return False
+    if len({cell.is_merged for cell in cells.values() if cell.split is not None}) > 1:
+        return False
     for left, right in _GEMMS.values():
         if (cells[left].quantizer is None) != (cells[right].quantizer is None):
             return False

@@ -55,6 +55,17 @@ def basis_of(plan: LinearPlan, cell_name: str) -> Tensor | None:
     return v if v is None or v.stride(1) == 1 else v.contiguous()
 
 
+def is_merged(plan: LinearPlan, cell_name: str) -> bool:
+    """Whether a cell's head is added back to its operand: asked for, and split off in this step."""
+    cell: CellConfig = getattr(plan.recipe, cell_name)
+    return cell.is_merged and getattr(plan, f"v_{operand_of(cell_name)}") is not None
+
+
+def head_basis_of(plan: LinearPlan, cell_name: str) -> Tensor | None:
+    """Return the basis of a head that enters products by itself, None where there is none."""
+    return None if is_merged(plan, cell_name) else basis_of(plan, cell_name)
+
+
 def split(
     x: Tensor,
     v: Tensor,
@@ -172,14 +183,20 @@ def product_scales(
     quantizers: tuple[QuantizerConfig, QuantizerConfig],
     amaxes: tuple[Tensor | None, Tensor | None],
     has_thin: bool,
+    merged: tuple[bool, bool] = (False, False),
 ) -> ProductScales:
     """Return the scales of a product, to be handed to the launch that quantises the first operand.
 
-    has_thin: thin factors stand beside the operands; only then is the inverse written.
+    has_thin: thin factors stand beside the operands; only then is the inverse written. merged: whether the
+    scale of an operand is in it, as where its head is added back; thin factors stand beside neither then.
     """
     left, right = quantizers
-    if not left.has_tensor_amax:
+    if not left.has_tensor_amax or all(merged):
         return ProductScales()
+    if any(merged):
+        other, amax = (right, amaxes[1]) if merged[0] else (left, amaxes[0])
+        assert amax is not None and not has_thin
+        return ProductScales(amax / torch.full_like(amax, scale_target(other)))
     assert amaxes[0] is not None and amaxes[1] is not None
     reciprocal = as_float32(1 / (scale_target(left) * scale_target(right)))
     if left.four_over_six is not None:  # its kernel writes nothing else
@@ -197,10 +214,36 @@ def quantize_into(
     amax: Tensor | None,
     place: Tensor,
     scales: GemmScales | None = None,
+    whole: Tensor | None = None,
 ) -> None:
-    """Write the decoded operand of a matrix [rows, contraction axis] into `place`; amax: of `amaxes`."""
+    """Write the decoded operand of a matrix [rows, contraction axis] into `place`; amax: of `amaxes`.
+
+    whole: what the matrix is the residual of, where the head is added back (`metis.operand.merged`).
+    """
     noise = _noise(quantizer, plan, cell_name)
-    kernel_quantize(matrix, quantizer, amax, noise, False, operand_out=place, gemm_scales=scales)
+    kernel_quantize(matrix, quantizer, amax, noise, False, operand_out=place, gemm_scales=scales, whole=whole)
+
+
+def merge(
+    whole: Tensor,
+    residual: Tensor,
+    quantizer: QuantizerConfig,
+    plan: LinearPlan,
+    cell_name: str,
+    amax: Tensor | None,
+) -> Tensor:
+    """Return the operand of a cell with its head added back, bf16, of the rows held here, as `whole` lies."""
+    merged = torch.empty_like(whole)
+    sides = whole, residual, merged
+    if is_transposed(cell_name):
+        sides = whole.t(), residual.t(), merged.t()
+    quantize_into(sides[1], quantizer, plan, cell_name, amax, sides[2], whole=sides[0])
+    return merged
+
+
+def all_rows(held: Tensor, shards: Axis | None) -> Tensor:
+    """Return the rows of all ranks that hold some of a matrix, in shard order."""
+    return held if shards is None else shards.gather_rows(held)
 
 
 def quantize_to_bytes(

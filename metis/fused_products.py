@@ -17,9 +17,12 @@ product that reads it: kept as codes, it lies decoded in memory for that product
 are R_x (which takes the place of x) and P_x; nothing else is larger than a thin factor. Under `save_packed`
 the codes of wgrad's copy take the place of R_x, and P_g^T R_x reads what they decode to.
 
+An operand whose head is added back (`head_placement: merged`) is one bf16 matrix with its scale in it and
+nothing beside it; wgrad's copy of x is then made in forward, and saved in place of R_x and P_x.
+
 Under sequence parallelism one operand arrives as a shard of its tokens: it is projected, split and quantised
-there, and gathered as codes and thin factors (`metis.fused_operand`). P_g^T R_x and P_x^T g sum over tokens:
-each rank takes its own rows, and the thin sums are added over the ranks.
+there, and gathered as codes and thin factors (`metis.fused_operand`), or merged. P_g^T R_x and P_x^T g sum
+over tokens: each rank takes its own rows, and the thin sums are added over the ranks.
 
 Coefficients and residuals come from `metis.kernels.projection`, within fp32 rounding of the definition's.
 
@@ -38,17 +41,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metis.config import QuantizerConfig
 from metis.encoded_weight import EncodedWeight
 from metis.functional import LinearPlan, as_placeholder
 from metis.fused import scale_target
 from metis.fused_operand import (
     ProductScales,
+    all_rows,
     amaxes,
     basis_of,
     decode_into,
     fill_columns,
     fill_rows,
     gather_columns,
+    head_basis_of,
+    is_merged,
+    merge,
     note,
     place_all,
     product_scales,
@@ -69,8 +77,9 @@ from metis.kernels import Thin
 class SavedInput:
     """What backward needs of x, of the tokens held here.
 
-    residual: R, [m, K] (x itself where nothing is split); or, packed, codes [K, m / 2] and scales of wgrad's
-    copy. p: [m, r]. amax: of wgrad's copy, over all ranks, where it is known.
+    residual: R, [m, K] (x itself where nothing is split, wgrad's copy of it where heads are merged); or,
+    packed, codes [K, m / 2] and scales of wgrad's copy. p: [m, r]. amax: of wgrad's copy, over all ranks,
+    where it is known.
     """
 
     residual: Tensor | None
@@ -95,11 +104,12 @@ def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor,
     y = torch.empty(num_tokens, w.shape[0], dtype=x.dtype, device=x.device)
     v_x = v_w = None
     if quantizer is not None:
-        v_x, v_w = basis_of(plan, "fprop_input"), basis_of(plan, "fprop_weight")
+        v_x, v_w = basis_of(plan, "fprop_input"), head_basis_of(plan, "fprop_weight")
     elif wgrad_quantizer is not None:
         v_x = basis_of(plan, "wgrad_input")
+    merges = is_merged(plan, "fprop_input") or is_merged(plan, "wgrad_input")
     left = thin = beside = None
-    if quantizer is not None:
+    if quantizer is not None and not merges:
         left = wide(x, num_tokens, num_in + width_of(v_x) + width_of(v_w))
         thin = thin_columns(left, num_in, shards)
         beside = thin[:, : width_of(v_x)]
@@ -111,11 +121,16 @@ def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor,
         sums = thin_sums(x, v_w)
     used = amaxes(residual, plan, ("fprop_input", "wgrad_input"), (quantizer, wgrad_quantizer), amax)
     if quantizer is None:
-        scaled_product(x if shards is None else shards.gather_rows(x), w, y)
+        scaled_product(all_rows(x, shards), w, y)
+    elif merges:
+        _merged_fprop(x, residual, encoded, plan, used[0], y)
     else:
         _fprop(residual, sums, (left, thin), encoded, plan, used[0], y)  # type: ignore[arg-type]
     if wgrad_quantizer is None:
         return y, SavedInput(x)
+    if merges:
+        copy = merge(x, residual, wgrad_quantizer, plan, "wgrad_input", used[1])
+        return y, SavedInput(copy, None, used[1])
     if not recipe.save_packed:
         return y, SavedInput(residual, p, used[1])
     codes = quantize_to_bytes(residual.t(), wgrad_quantizer, plan, "wgrad_input", used[1])
@@ -138,12 +153,37 @@ def _fprop(
     assert quantizer is not None and w_quantizer is not None
     assert encoded.fprop is not None
     right, factors = encoded.fprop.open()
-    scales = product_scales((quantizer, w_quantizer), (amax, encoded.fprop.amax), thin.shape[1] > 0)
+    scales = product_scales(
+        (quantizer, w_quantizer),
+        (amax, encoded.fprop.amax),
+        thin.shape[1] > 0,
+        (False, encoded.fprop.is_merged),
+    )
     if sums is not None:
         factors.append(Thin(sums, thin[:, thin.shape[1] - sums.shape[2] :], True))
     fill_rows(left, residual, quantizer, plan, "fprop_input", amax, scales, thin, factors)
     note(amax, plan, "fprop_input")
     note(encoded.fprop.amax, plan, "fprop_weight")
+    scaled_product(left, right, y, scales.alpha)
+
+
+def _merged_fprop(
+    x: Tensor, residual: Tensor, encoded: EncodedWeight, plan: LinearPlan, amax: Tensor | None, y: Tensor
+) -> None:
+    """Multiply x with its head added back."""
+    quantizers = plan.recipe.fprop_input.quantizer, plan.recipe.fprop_weight.quantizer
+    assert quantizers[0] is not None and quantizers[1] is not None and encoded.fprop is not None
+    left = all_rows(merge(x, residual, quantizers[0], plan, "fprop_input", amax), shards_of(plan, "input"))
+    right, factors = encoded.fprop.open()
+    assert not factors
+    note(amax, plan, "fprop_input")
+    note(encoded.fprop.amax, plan, "fprop_weight")
+    scales = product_scales(
+        quantizers,
+        (amax, encoded.fprop.amax),
+        False,
+        (True, encoded.fprop.is_merged),  # type: ignore[arg-type]
+    )
     scaled_product(left, right, y, scales.alpha)
 
 
@@ -179,7 +219,10 @@ def _open_gradient(
         return opened
     num_here, num_out = g.shape
     num_tokens = num_here if shards is None else num_here * shards.num_shards
-    opened.v = v_g = basis_of(plan, names[0] if dgrad is not None else names[1])
+    its_cell = names[0] if dgrad is not None else names[1]
+    if is_merged(plan, its_cell):
+        return _open_merged_gradient(opened, encoded, plan, (dgrad, wgrad), x)
+    opened.v = v_g = basis_of(plan, its_cell)
     u = None if dgrad is None else encoded.u
     thin = beside = amax = sums = None
     if dgrad is not None:
@@ -198,7 +241,10 @@ def _open_gradient(
         quantizers = dgrad, recipe.dgrad_weight.quantizer
         opened.right, factors = encoded.dgrad.open()
         opened.dgrad_scales = scales = product_scales(
-            quantizers, (used[0], encoded.dgrad.amax), thin.shape[1] > 0
+            quantizers,
+            (used[0], encoded.dgrad.amax),
+            thin.shape[1] > 0,
+            (False, encoded.dgrad.is_merged),
         )
         if sums is not None:
             factors.append(Thin(sums, thin[:, width_of(v_g) :], True))
@@ -209,11 +255,55 @@ def _open_gradient(
         assert recipe.wgrad_input.quantizer is not None
         num_thin = width_of(v_g) + width_of(x.p)
         opened.wgrad_scales = scales = product_scales(
-            (wgrad, recipe.wgrad_input.quantizer), (used[1], x.amax), num_thin > 0
+            (wgrad, recipe.wgrad_input.quantizer),
+            (used[1], x.amax),
+            num_thin > 0,
+            (False, is_merged(plan, "wgrad_input")),
         )
         opened.for_wgrad = wide(g, num_tokens + num_thin, num_out)
         place = opened.for_wgrad[:num_tokens].t()
         opened.p = fill_columns(place, residual, wgrad, plan, names[1], used[1], opened.p, scales)
+        note(used[1], plan, names[1])
+    return opened
+
+
+def _open_merged_gradient(
+    opened: _Gradient,
+    encoded: EncodedWeight,
+    plan: LinearPlan,
+    quantizers: tuple[QuantizerConfig | None, QuantizerConfig | None],
+    x: SavedInput,
+) -> _Gradient:
+    """Write both copies of g with its head added back."""
+    g, recipe, shards = opened.g, plan.recipe, shards_of(plan, "grad_output")
+    names = "dgrad_grad_output", "wgrad_grad_output"
+    v = basis_of(plan, names[0] if quantizers[0] is not None else names[1])
+    assert v is not None
+    _, amax, residual, _ = split(g, v, plan.out_features, plan)
+    used = amaxes(residual, plan, names, quantizers, amax)
+    dgrad, wgrad = quantizers
+    if dgrad is not None:
+        assert encoded.dgrad is not None and recipe.dgrad_weight.quantizer is not None
+        opened.left = all_rows(merge(g, residual, dgrad, plan, names[0], used[0]), shards)
+        opened.right, factors = encoded.dgrad.open()
+        assert not factors
+        opened.dgrad_scales = product_scales(
+            (dgrad, recipe.dgrad_weight.quantizer),
+            (used[0], encoded.dgrad.amax),
+            False,
+            (True, encoded.dgrad.is_merged),
+        )
+        note(used[0], plan, names[0])
+        note(encoded.dgrad.amax, plan, "dgrad_weight")
+    if wgrad is not None:
+        assert recipe.wgrad_input.quantizer is not None
+        opened.for_wgrad = all_rows(merge(g, residual, wgrad, plan, names[1], used[1]), shards)
+        opened.wgrad_scales = product_scales(
+            (wgrad, recipe.wgrad_input.quantizer),
+            (used[1], x.amax),
+            False,
+            (True, is_merged(plan, "wgrad_input")),
+        )
         note(used[1], plan, names[1])
     return opened
 
@@ -254,8 +344,13 @@ def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, p
     if left is None:
         shards = shards_of(plan, "input")
         assert x.residual is not None
-        whole = x.residual if shards is None else shards.gather_rows(x.residual)
-        scaled_product(g.t(), whole.t(), out, None, accumulate)
+        scaled_product(g.t(), all_rows(x.residual, shards).t(), out, None, accumulate)
+        return as_placeholder(w) if accumulate else out
+    if is_merged(plan, "wgrad_input"):
+        assert x.residual is not None and p is None
+        note(x.amax, plan, "wgrad_input")
+        right = all_rows(x.residual, shards_of(plan, "input"))
+        scaled_product(left.t(), right.t(), out, gradient.wgrad_scales.alpha, accumulate)
         return as_placeholder(w) if accumulate else out
     r_g, r_x, scales = width_of(p), width_of(x.p), gradient.wgrad_scales
     num_tokens = left.shape[0] - r_g - r_x

@@ -303,6 +303,26 @@ def rotate(matrix: Tensor, rht: RhtConfig | None) -> Tensor:
     return matrix if rht is None else random_hadamard(matrix, rht.size, sign_vector(rht))
 
 
+def merged(source: Tensor, residual: Tensor, encoded: EncodedMatrix, rht: RhtConfig | None) -> Tensor:
+    """Return an operand with its head added back, `x^ = bf16(x + (q(R) - R))`: bf16 [rows, cols].
+
+    source: x, residual: R, both as the quantiser reads them (transposed copies for blocks along tokens), fp32
+    or bf16 (float64, in the exact test mode, is rounded to fp32 as for the quantiser); both are rotated like
+    the codes. q(R): terms of `value * block_scale` (one fp32 rounding where that is not exact) times tensor
+    scale in fp32. Equal to bf16(P V^T + q(R)) but for the rounding of R, and to x where q(R) = R.
+    """
+    x, r = (
+        rotate(matrix.to(torch.float32) if matrix.dtype == torch.float64 else matrix, rht).to(torch.float32)
+        for matrix in (source, residual)
+    )
+    decoded = None
+    for term in encoded.terms:
+        number = term.operand(torch.float32)
+        number = number * term.tensor_scale() if term.has_tensor_scale else number
+        decoded = number if decoded is None else decoded + number
+    return (x + (decoded - r)).to(torch.bfloat16)
+
+
 def encode(
     matrix: Tensor,
     quantizer: QuantizerConfig,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from metis.config import (
+    CELL_NAMES,
     BasisConfig,
     CellConfig,
     QuantizerConfig,
@@ -115,6 +116,13 @@ METIS = Recipe(
 )
 
 
+def _merged(cell: CellConfig) -> CellConfig:
+    return replace(cell, split=SplitConfig(head_placement="merged"))
+
+
+METIS_MERGED = replace(METIS, name="metis_merged", **{n: _merged(getattr(METIS, n)) for n in CELL_NAMES})
+
+
 def _paper(
     name: str, quantizer: QuantizerConfig, gradient: QuantizerConfig, rank: RankConfig, **others: Any
 ) -> Recipe:
@@ -153,6 +161,7 @@ RECIPES: Mapping[str, Recipe] = {
         BF16,
         NVFP4,
         METIS,
+        METIS_MERGED,
         NVFP4_DIRECT,
         NVFP4_4OVER6,
         NVFP4_FORWARD_BF16,
@@ -174,6 +183,7 @@ SOURCES: Mapping[str, str] = {
     "bf16": "megatron-core's own linear",
     "nvfp4": "arXiv 2509.25149 section 4; Transformer Engine's NVFP4BlockScaling",
     "metis": "arXiv 2509.00404 v4, in projector form with bf16 heads and tracked weights",
+    "metis_merged": "metis with heads added back into decoded operands, as fake quantisation does",
     "nvfp4_direct": "every operand alike: the reference point of arXiv 2509.00404 v4",
     "nvfp4_4over6": "nvfp4 with arXiv 2512.02010 on the weights; Transformer Engine's nvfp4_4over6",
     "nvfp4_forward_bf16": "arXiv 2509.25149 appendix D: the forward pass healed, backward in FP4",

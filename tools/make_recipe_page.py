@@ -49,7 +49,8 @@ g = dL/dy [M, N]. Each GEMM reads two operands, and each of the six operands has
 Blocks run along the contraction. A quantised GEMM multiplies codes and sums in fp32; one without quantiser
 runs in the compute dtype (bf16 under `--bf16`). With a split, x = P V^T + R: the residual R is quantised and
 the head P V^T enters through thin GEMMs of rank r in the compute dtype, summed in fp32; quantised factors are
-decoded first. A step without a basis yet runs unsplit. A recipe file names a recipe as its `base` and
+decoded first. A head that is `merged` is added back to the decoded residual instead, and one bf16 GEMM reads
+the sum. A step without a basis yet runs unsplit. A recipe file names a recipe as its `base` and
 overrides any field below.
 """
 
@@ -71,7 +72,9 @@ SECTIONS: tuple[tuple[str, type, str], ...] = (
         "Split",
         SplitConfig,
         "arXiv 2509.00404 v4; bf16 heads: own measurement (tests/numerics/test_decisive_experiment.py), the "
-        "tail error of feedback is 2.3 times as large; mean_first: arXiv 2603.10444.",
+        "tail error of feedback is 2.3 times as large; heads apart: own measurement "
+        "(tests/numerics/test_functional.py), y is 12 times less exact with merged heads that hold 99.6 % of "
+        "x; mean_first: arXiv 2603.10444.",
     ),
     ("Rank", RankConfig, "arXiv 2509.00404 v4: 1.5 % of the dimension."),
     (
@@ -148,7 +151,8 @@ def _split(split: SplitConfig | None) -> str:
         return "-"
     parts = ["mean"] if split.mean_first else []
     if split.rank is not None:
-        parts.append(f"rank {_rank(split.rank)}; {split.head_format} head")
+        placement = ", added back" if split.head_placement == "merged" else ""
+        parts.append(f"rank {_rank(split.rank)}; {split.head_format} head{placement}")
         factors = split.factor_quantizer
         if factors is not None:
             terms = " in two terms" if factors.num_terms == 2 else ""
@@ -183,8 +187,13 @@ def precision(recipe: Recipe, left: str, right: str) -> str:
     if quantizers[0] is None:
         return "compute dtype"
     formats = " x ".join(quantizer.format for quantizer in quantizers)
-    heads = any(getattr(recipe, name).split is not None for name in (left, right))
-    return formats + (" + thin heads" if heads else "")
+    placements = {
+        cell.split.head_placement
+        for cell in (getattr(recipe, name) for name in (left, right))
+        if cell.split is not None
+    }
+    merged = " with heads added back (bf16)" if "merged" in placements else ""
+    return formats + merged + (" + thin heads" if "apart" in placements else "")
 
 
 def _weights(recipe: Recipe) -> str:

@@ -149,6 +149,16 @@ def _quantizing(inputs: _Inputs) -> Iterator[KernelCase]:
         lambda i: q(xs[i].t(), amax, sign_vector=signs, noise=by_cols, **sr),
         to=COLUMNS_RNE,
     )
+    # The matrix itself stands for what it is the residual of: the same bytes are read, from other places.
+    others = [*xs[1:], xs[0]]
+    with_head = "head added back"
+    yield case(f"1x16 rne, rows, {with_head}", lambda i: q(xs[i], amax, whole=others[i]), 6 * n, ROWS_RNE)
+    yield case(
+        f"1x16 sr {bits} bits, columns, {with_head}",
+        lambda i: q(xs[i].t(), amax, noise=by_cols, whole=others[i].t(), **sr),
+        6 * n,
+        COLUMNS_RNE,
+    )
     yield case("mxfp4 rne, rows", lambda i: kernels.quantize_mxfp4(xs[i]), to=ROWS_RNE)
     yield case("rotation alone, columns", lambda i: kernels.rotate(xs[i].t(), signs))
 

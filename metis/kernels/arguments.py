@@ -209,6 +209,20 @@ def require_outputs(where: str, want_packed: bool, want_operand: bool) -> None:
         raise ConfigError(where, "must write something: want_packed, want_operand or both, received neither")
 
 
+def require_whole(where: str, x: Tensor, whole: Tensor | None, want_operand: bool) -> None:
+    """Refuse what cannot be the matrix that x is the residual of, or would have no effect."""
+    if whole is None:
+        return
+    if whole.shape != x.shape or whole.dtype != x.dtype or whole.device != x.device:
+        raise ShapeError(
+            f"{where} whole",
+            f"must be {tuple(x.shape)} {x.dtype} on {x.device} as its residual, received "
+            f"{tuple(whole.shape)} {whole.dtype} on {whole.device}",
+        )
+    if not want_operand:
+        raise ConfigError(f"{where} whole", "has no effect on codes; set want_operand or remove it")
+
+
 def require_device(where: str, device: torch.device) -> None:
     """Refuse a device without kernels, saying why."""
     reason = reason_unavailable(device)

@@ -55,6 +55,7 @@ from metis.kernels.elementary import (
     operand_of_codes,
     random_integers,
     rotate_tile,
+    round_to_bf16,
     round_to_e2m1,
     round_to_e2m1_stochastic,
     round_to_e4m3,
@@ -227,6 +228,7 @@ def mxfp4_scales(block_amax, SCALE_RULE: tl.constexpr):
 @triton.jit
 def encode_tile(
     tile,
+    whole,
     amax,
     tokens,
     features,
@@ -250,12 +252,16 @@ def encode_tile(
     ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
     NARROW: tl.constexpr,
+    MERGE: tl.constexpr,
     WANT_PACKED: tl.constexpr,
     WANT_OPERAND: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
-    """Find block scales of a tile in registers, round it and write what was asked for."""
+    """Find block scales of a tile in registers, round it and write what was asked for.
+
+    MERGE: the tile is what is left of `whole`; the operand is `bf16(whole + (decoded - tile))`.
+    """
     random = 0
     if NUM_RANDOM_BITS > 0:
         # First: this is done while the tile is on its way.
@@ -278,6 +284,11 @@ def encode_tile(
         bits = code_bits(value)
         # The upper half of the bits is the bf16 number, exactly; a NaN is NaN through its scale.
         number = exact_bf16_bits(times_blocks(value, scale, BLOCK_R, BLOCK_C, TILE_R, TILE_C))
+    if MERGE:
+        decoded = (number.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        if SCALE_RULE < _MXFP4_STANDARD:
+            decoded = decoded * tl.div_rn(tl.load(amax), _TARGET)
+        number = exact_bf16_bits(round_to_bf16(whole + (decoded - tile), NATIVE))
     write_outputs(number, code_of(bits), y, byte, packed, scale_bytes, operand, row_start, col_start,
                   num_rows, num_cols, operand_stride_r, operand_stride_c, BLOCK_R, BLOCK_C,
                   NAN_CODE if NUM_RANDOM_BITS > 0 else 0, NARROW, WANT_PACKED, WANT_OPERAND,
@@ -287,6 +298,7 @@ def encode_tile(
 @triton.jit(do_not_specialize=_STEP_DEPENDENT, do_not_specialize_on_alignment=("position",))
 def _quantize_kernel(
     x,
+    whole,
     amax,
     signs,
     tokens,
@@ -301,6 +313,8 @@ def _quantize_kernel(
     num_cols,
     stride_r,
     stride_c,
+    whole_stride_r,
+    whole_stride_c,
     operand_stride_r,
     operand_stride_c,
     rotation_scale,
@@ -317,6 +331,7 @@ def _quantize_kernel(
     ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
     NARROW: tl.constexpr,
+    MERGE: tl.constexpr,
     WANT_ALPHA: tl.constexpr,
     INVERTIBLE: tl.constexpr,
     WANT_PACKED: tl.constexpr,
@@ -337,10 +352,15 @@ def _quantize_kernel(
         col_start = tl.program_id(0) * TILE_C
     tile = load_tile(x, signs, rotation_scale, row_start, col_start, num_rows, num_cols, stride_r, stride_c,
                      IS_BF16, ROTATION, NATIVE, NARROW, TILE_R, TILE_C)  # fmt: skip
-    encode_tile(tile, amax, tokens, features, position, packed, scale_bytes, operand, row_start, col_start,
-                num_rows, num_cols, operand_stride_r, operand_stride_c, key_0, key_1, SCALE_RULE, BLOCK_R,
-                BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, NARROW, WANT_PACKED,
-                WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
+    source = tile
+    if MERGE:
+        source = load_tile(whole, signs, rotation_scale, row_start, col_start, num_rows, num_cols,
+                           whole_stride_r, whole_stride_c, IS_BF16, ROTATION, NATIVE, NARROW, TILE_R,
+                           TILE_C)  # fmt: skip
+    encode_tile(tile, source, amax, tokens, features, position, packed, scale_bytes, operand, row_start,
+                col_start, num_rows, num_cols, operand_stride_r, operand_stride_c, key_0, key_1, SCALE_RULE,
+                BLOCK_R, BLOCK_C, NUM_RANDOM_BITS, TOKENS_ARE_COLS, ALIGNED, NATIVE, NARROW, MERGE,
+                WANT_PACKED, WANT_OPERAND, TILE_R, TILE_C)  # fmt: skip
 
 
 @triton.jit
@@ -426,14 +446,16 @@ def launch(
     want_operand: bool,
     operand_out: Tensor | None = None,
     gemm_scales: GemmScales | None = None,
+    whole: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Run the kernel; `check` refuses wrong arguments, `tile` overrides `tile_of` (for measuring).
 
-    gemm_scales: what else to write, from the amax of this matrix and of another one.
+    gemm_scales: what else to write, from the amax of this matrix and of another one. whole: what x is the
+    residual of, of the same shape, dtype and memory order; added back to the operand.
     """
     key = (
-        layout(x), layout(operand_out), scale_rule, block_shape, sign_vector,
+        layout(x), layout(whole), layout(operand_out), scale_rule, block_shape, sign_vector,
         None if noise is None else (noise.tokens, noise.features, noise.tokens_are_cols, num_random_bits),
         want_packed, want_operand,
         None if gemm_scales is None else (gemm_scales.reciprocal_target, gemm_scales.invertible), tile,
@@ -442,14 +464,15 @@ def launch(
     if ready is None:
         check()
         ready = _prepare(
-            key, x, operand_out, scale_rule, block_shape, sign_vector, noise, num_random_bits, want_packed,
-            want_operand, gemm_scales, tile,
+            key, x, whole, operand_out, scale_rule, block_shape, sign_vector, noise, num_random_bits,
+            want_packed, want_operand, gemm_scales, tile,
         )  # fmt: skip
     output = empty_output(x, block_shape, want_packed, want_operand, operand_out)
     other = (None, None) if gemm_scales is None else (gemm_scales.other_amax, gemm_scales.out)
     key_words, position = ((0, 0), None) if noise is None else noise.counter_words(x.device)
     ready(
-        (x, amax, *ready.kept, output.packed, output.scale_bytes, output.operand, *other, position), key_words
+        (x, whole, amax, *ready.kept, output.packed, output.scale_bytes, output.operand, *other, position),
+        key_words,
     )
     return output
 
@@ -457,6 +480,7 @@ def launch(
 def _prepare(
     key: Key,
     x: Tensor,
+    whole: Tensor | None,
     operand_out: Tensor | None,
     scale_rule: int,
     block_shape: tuple[int, int],
@@ -481,10 +505,11 @@ def _prepare(
     constants = (
         x.dtype == torch.bfloat16, scale_rule, *block_shape, rotation,
         0 if noise is None else num_random_bits, noise is not None and noise.tokens_are_cols,
-        aligned, is_hopper(x), turned, gemm_scales is not None,
+        aligned, is_hopper(x), turned, whole is not None, gemm_scales is not None,
         gemm_scales is not None and gemm_scales.invertible, want_packed, want_operand,
     )  # fmt: skip
     reciprocal = 0.0 if gemm_scales is None else gemm_scales.reciprocal_target
+    whole_strides = (0, 0) if whole is None else whole.stride()
 
     def build(choice: tuning.Choice) -> Prepared:
         rows, cols, num_warps = choice
@@ -492,7 +517,7 @@ def _prepare(
         is_flat = grid[1] > MAX_GRID_HEIGHT
         return _quantizers.prepare(
             key, (grid[0] * grid[1], 1) if is_flat else grid,
-            (num_rows, num_cols, *x.stride(), *strides, rotation_scale, reciprocal),
+            (num_rows, num_cols, *x.stride(), *whole_strides, *strides, rotation_scale, reciprocal),
             (*constants, is_flat, rows, cols), (signs, tokens, features), num_warps=num_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -504,7 +529,7 @@ def _prepare(
         "rne" if noise is None else f"sr {num_random_bits} {'aligned' if aligned else 'apart'}",
         tuning.dtype_name(x.dtype),
         f"{'columns' if turned else 'rows'} to {'columns' if strides[0] < strides[1] else 'rows'}",
-        "+".join(["packed"] * want_packed + ["operand"] * want_operand),
+        "+".join(["packed"] * want_packed + ["operand"] * want_operand + ["head"] * (whole is not None)),
     )  # fmt: skip
     name = tuning.key_of("quantize", variant, x.shape)
     return tuning.prepare(name, candidates(x, block_shape, rotation), x.device, build)

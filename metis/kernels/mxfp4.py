@@ -12,6 +12,7 @@ from metis.kernels.arguments import (
     require_matrix,
     require_outputs,
     require_rounding,
+    require_whole,
 )
 from metis.kernels.blockwise import MXFP4_EVEN, MXFP4_STANDARD, MXFP4_UP, Tile, launch
 
@@ -30,6 +31,7 @@ def quantize_mxfp4(
     want_packed: bool = False,
     want_operand: bool = True,
     operand_out: Tensor | None = None,
+    whole: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Quantise a matrix by the formulas of `metis.quantize.mxfp4`, bit for bit; there is no tensor scale.
@@ -48,11 +50,12 @@ def quantize_mxfp4(
         require_matrix("quantize_mxfp4", x, _BLOCK_SHAPE, sign_vector)
         require_rounding("quantize_mxfp4", x, rounding, noise, num_random_bits)
         require_outputs("quantize_mxfp4", want_packed, want_operand)
+        require_whole("quantize_mxfp4", x, whole, want_operand)
 
     if (rounding == "stochastic") != (noise is not None):
         check()
     return launch(
         x, None, check=check, scale_rule=SCALE_RULES[scale_rounding], block_shape=_BLOCK_SHAPE,
         sign_vector=sign_vector, noise=noise, num_random_bits=num_random_bits, want_packed=want_packed,
-        want_operand=want_operand, operand_out=operand_out, tile=tile,
+        want_operand=want_operand, operand_out=operand_out, whole=whole, tile=tile,
     )  # fmt: skip

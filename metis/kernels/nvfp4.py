@@ -14,6 +14,7 @@ from metis.kernels.arguments import (
     require_matrix,
     require_outputs,
     require_rounding,
+    require_whole,
 )
 from metis.kernels.blockwise import NVFP4_STANDARD, NVFP4_UP, Tile, launch
 from metis.kernels.four_over_six import launch_four_over_six
@@ -36,6 +37,7 @@ def quantize_nvfp4(
     want_operand: bool = True,
     operand_out: Tensor | None = None,
     gemm_scales: GemmScales | None = None,
+    whole: Tensor | None = None,
     tile: Tile | None = None,
 ) -> KernelOutput:
     """Quantise a matrix by the formulas of `metis.quantize.nvfp4`, bit for bit.
@@ -47,7 +49,9 @@ def quantize_nvfp4(
     four_over_six: "mae" or "mse", as the oracle; with rounding "rne", scales "standard" and no rotation only.
     want_packed, want_operand: which outputs are written, at least one. operand_out: bf16 [R, C] of any
     strides for the operand, None: a new tensor. gemm_scales: the factor of the product with another
-    operand, written in the same launch (not with four_over_six). tile: for measuring; None chooses.
+    operand, written in the same launch (not with four_over_six). whole: of the shape and dtype of x, which is
+    what is left of it: the operand becomes `metis.operand.merged` (not with four_over_six). tile: for
+    measuring; None chooses.
 
     Raises ShapeError and ConfigError as the oracle does, and ConfigError where kernels cannot run.
     """
@@ -63,11 +67,14 @@ def quantize_nvfp4(
         require_matrix("quantize_nvfp4", x, block_shape, sign_vector)
         require_rounding("quantize_nvfp4", x, rounding, noise, num_random_bits)
         require_outputs("quantize_nvfp4", want_packed, want_operand)
+        require_whole("quantize_nvfp4", x, whole, want_operand)
 
     if four_over_six is not None:
         check()
         require_amax("quantize_nvfp4", amax, x.device)
         _require_plain(rounding, scale_rounding, sign_vector, four_over_six)
+        if whole is not None:
+            raise ConfigError("whole", "must be None with four_over_six, whose kernel adds no head back")
         assert gemm_scales is None
         return launch_four_over_six(
             x, amax, block_shape=block_shape, error=four_over_six, want_packed=want_packed,
@@ -79,7 +86,7 @@ def quantize_nvfp4(
     return launch(
         x, amax, check=check, scale_rule=SCALE_RULES[scale_rounding], block_shape=block_shape,
         sign_vector=sign_vector, noise=noise, num_random_bits=num_random_bits, want_packed=want_packed,
-        want_operand=want_operand, operand_out=operand_out, gemm_scales=gemm_scales, tile=tile,
+        want_operand=want_operand, operand_out=operand_out, gemm_scales=gemm_scales, whole=whole, tile=tile,
     )  # fmt: skip
 
 

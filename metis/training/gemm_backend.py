@@ -65,6 +65,13 @@ def check_gemm_backend(args: Namespace, recipes: Mapping[str, Recipe]) -> None:
             f"scaled_mm must have recipes in {_listed(SCALED_MM_FORMATS)}, received {_listed(wrong)}; use "
             "emulated or auto",
         )
+        merging = _merging(recipes)
+        require(
+            not merging,
+            OPTION,
+            "scaled_mm must have recipes that keep heads apart, because it reads codes, received "
+            f"{_listed(merging)}; use emulated or auto, or head_placement: apart",
+        )
     require(
         args.device != "cpu",
         OPTION,
@@ -86,6 +93,11 @@ def other_formats(recipes: Mapping[str, Recipe]) -> set[str]:
     """Return the formats of quantised operands that scaled_mm is not used for."""
     cells = [getattr(recipe, name) for recipe in recipes.values() for name in CELL_NAMES]
     return {cell.quantizer.format for cell in cells if cell.quantizer is not None} - SCALED_MM_FORMATS
+
+
+def _merging(recipes: Mapping[str, Recipe]) -> set[str]:
+    """Return the names of recipes that multiply operands with their heads added back."""
+    return {recipe.name for recipe in recipes.values() if recipe.has_merged_heads}
 
 
 def edge_counts(recipes: Mapping[str, Recipe]) -> tuple[int, int]:
@@ -197,6 +209,8 @@ def _automatic(args: Namespace, recipes: Mapping[str, Recipe]) -> tuple[str, str
         return "emulated", "--exact-reductions"
     if wrong := other_formats(recipes):
         return "emulated", f"operands in {_listed(wrong)}"
+    if merging := _merging(recipes):
+        return "emulated", f"{_listed(merging)} adds heads back into operands"
     available, found = native_gemm_available(args.device)
     if available and is_training_family(args.device):
         return "scaled_mm", found

@@ -136,7 +136,8 @@ _RECIPE = (
          "gemm_backend", choices=("auto", "triton", "torch")),
     _opt("--weight-cache", str, "codes",
          "what kernels keep of a quantised weight within a step: its codes (0.6 bytes a weight), decoded for "
-         "every product, or its decoded operand (2 bytes); same bits", "gemm_backend",
+         "every product, or its decoded operand (2 bytes); same bits. Merged heads: operands "
+         "only", "gemm_backend",
          choices=("codes", "operand")),
     _opt("--fp4-format", str, None, "Megatron's spelling of --recipe nvfp4", "validation", dest="fp4",
          choices=("e2m1",)),

@@ -30,6 +30,7 @@ from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
 from metis.kernels import blockwise
 from metis.kernels.blockwise import Tile
 from metis.kernels.sampling import row_amax, take_rows
+from metis.operand import EncodedMatrix, merged
 from metis.quantize import (
     QuantizedTensor,
     quantize,
@@ -486,6 +487,51 @@ def check_large(ledger: Ledger) -> None:
     ledger.same("transposed codes", output.packed[:, -8:], expected.packed())
 
 
+def check_added_heads(ledger: Ledger) -> None:
+    """Operands with a head added back, in every memory order, rounding and format, on every input."""
+    rows, cols = ledger.rows, ledger.cols // 32 * 32
+    generator = torch.Generator().manual_seed(5)
+    noise, turned = whole_noise(rows, cols), whole_noise(cols, rows, tokens_are_cols=True)
+    indices = torch.arange(rows), torch.arange(cols)
+    words = random_words(KEY, POSITION, *indices, WORD_BITS_FOR[16])
+    words_turned = random_words(KEY, POSITION, indices[1], indices[0], WORD_BITS_FOR[16]).t()
+    stochastic = {"rounding": "stochastic"}
+    for name, x32 in inputs(rows, cols):
+        head = 20 * torch.randn(rows, 1, generator=generator) * torch.randn(1, cols, generator=generator)
+        for dtype in DTYPES[:2]:
+            residual = x32.to(dtype)
+            whole = (x32 + head).to(dtype)
+            sides = {
+                "rows": (residual, whole, noise, words),
+                "columns": (*(m.t().contiguous().t() for m in (residual, whole)), turned, words_turned),
+            }
+            for order, (r, x, stream, its_words) in sides.items():
+                amax = tensor_amax(r)
+                on_device, beside = ledger.put(r), ledger.put(x)
+                for block_shape in ((1, 16), (16, 16)):
+                    encoded = quantize(r, block_shape=block_shape)
+                    ledger.same(
+                        f"{name} {dtype} {order} {block_shape}",
+                        kernels.quantize_nvfp4(
+                            on_device, ledger.put(amax), block_shape=block_shape, whole=beside
+                        ).operand,
+                        merged(x, r, EncodedMatrix(terms=(encoded,)), None),
+                    )
+                encoded = quantize(r, block_shape=(1, 16), noise_words=its_words, **stochastic)
+                ledger.same(
+                    f"{name} {dtype} {order} stochastic",
+                    kernels.quantize_nvfp4(
+                        on_device, ledger.put(amax), noise=stream, whole=beside, **stochastic
+                    ).operand,
+                    merged(x, r, EncodedMatrix(terms=(encoded,)), None),
+                )
+                ledger.same(
+                    f"{name} {dtype} {order} mxfp4",
+                    kernels.quantize_mxfp4(on_device, whole=beside).operand,
+                    merged(x, r, EncodedMatrix(terms=(quantize_mxfp4(r),)), None),
+                )
+
+
 def check_controls(ledger: Ledger) -> None:
     """The comparison sees one flipped bit of each kind; counted as a difference when it does not."""
     trial = Ledger(ledger.device, ledger.rows, ledger.cols)
@@ -514,6 +560,7 @@ GROUPS: dict[str, Callable[[Ledger], None]] = {
     "rotation": check_rotation,
     "amax both": check_amax_both,
     "decoding": check_decoding,
+    "added heads": check_added_heads,
     "large": check_large,
 }
 

@@ -107,6 +107,9 @@ def launches(full: bool) -> dict[str, Callable[[], object]]:
             x.t(), amax, noise=noise(tokens_are_cols=True), sign_vector=signs, **sr
         ),
         "stochastic, fp32": lambda: q(x.float(), amax, noise=noise(), want_packed=True, **sr),
+        "stochastic, head added back, transposed": lambda: q(
+            x.t(), amax, noise=noise(tokens_are_cols=True), whole=x.t(), **sr
+        ),
         "4over6": lambda: q(x, amax, four_over_six="mse", block_shape=(16, 16), want_packed=True),
         "mxfp4": lambda: kernels.quantize_mxfp4(x, scale_rounding="up", want_packed=True),
         "dequantize": lambda: kernels.dequantize(packed, scales, amax, dtype=torch.bfloat16),

@@ -35,7 +35,11 @@ TOLERANCE = 8e-3
 """
 TOKENS, HIDDEN, FFN, STEPS = 64, 64, 128, 3
 LAYERS = ("mlp.linear_fc1", "mlp.linear_fc2")
-VARIANTS = (RECIPES["metis"], replace(RECIPES["metis"], name="packed", save_packed=True))
+VARIANTS = (
+    RECIPES["metis"],
+    RECIPES["metis_merged"],
+    replace(RECIPES["metis"], name="packed", save_packed=True),
+)
 
 
 def _axes(layer: str, rank: int, world_size: int) -> tuple[Axis, Axis, SequenceShard | None]:

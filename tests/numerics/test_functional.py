@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from metis.config import BasisConfig, CellConfig, RankConfig, Recipe, SplitConfig
-from metis.functional import LinearPlan, dgrad, fprop, quantized_linear, wgrad
+from metis.config import CELL_NAMES, BasisConfig, CellConfig, RankConfig, Recipe, SplitConfig
+from metis.functional import LinearPlan, dgrad, fprop, is_transposed, operand_of, quantized_linear, wgrad
 from metis.gemm import EmulatedGemm
 from metis.operand import Axis
 from metis.quantize import QuantizedTensor, gemm_alpha, quantize, random_hadamard
-from metis.recipes import METIS, METIS_PAPER, NVFP4, NVFP4_DIRECT
+from metis.recipes import METIS, METIS_PAPER, NVFP4, NVFP4_DIRECT, RECIPES
 from metis.rng import NoisePosition, random_words, stream_key
 from tests.numerics._assertions import assert_bitwise_equal
 from tests.numerics._simulated_ranks import Team, shard_of, use_simulated_collectives
@@ -212,6 +212,81 @@ def test_metis_is_its_equations_with_quantised_residuals():
     _assert_close(fprop(x, w, plan, torch.float32), y, HEADS_FP32, "y")
     _assert_close(dgrad(g, w, plan, torch.float32), dx, HEADS_FP32, "dx")
     _assert_close(wgrad(g, x, plan, torch.float32), dw, HEADS_FP32, "dw")
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [c for size in range(1, 4) for c in itertools.combinations(("input", "weight", "grad_output"), size)],
+    ids="+".join,
+)
+def test_a_merged_head_makes_one_matrix_of_an_operand(operands: tuple[str, ...]):
+    """x^ = bf16(x + (q(R) - R)) in the full-size product and x in thin ones; the other operands as before."""
+    sources = dict(zip(("input", "weight", "grad_output"), _operands(torch.float32), strict=True))
+    bases = _bases()
+    x, w, g = (sources[name].double() for name in sources)
+    heads: dict[str, tuple[Tensor, Tensor]] = {}
+    remains: dict[str, Tensor] = {}
+    number: dict[str, Tensor] = {}
+    for name, source in sources.items():
+        v = bases[f"v_{name}"].double()
+        p, r = _split_by_hand(source, v)
+        apart = name not in operands
+        heads[name] = (p, v) if apart else (p * 0, v)
+        remains[name] = r.double() if apart else source.double()
+        for cell_name in CELL_NAMES:
+            if operand_of(cell_name) != name:
+                continue
+            turned = is_transposed(cell_name)
+            words = _words(cell_name, TOKENS, OUT) if name == "grad_output" else None
+            read = r.t() if turned else r
+            coded = _quantized(read, name == "weight", words.t() if words is not None and turned else words)
+            if apart:
+                number[cell_name] = coded.operand(torch.float64) * (coded.amax.double() / 2688)
+                continue
+            whole = source.t() if turned else source
+            decoded = coded.operand(torch.float32) * (coded.amax / 2688)
+            number[cell_name] = (whole + (decoded - read)).to(torch.bfloat16).double()
+            assert float((number[cell_name] - whole.double()).norm()) > 0.01 * float(r.double().norm())
+    (p_x, v_x), (u, v_w), (p_g, v_g) = heads.values()
+    r_x, _, r_g = remains.values()
+    y = number["fprop_input"] @ number["fprop_weight"].T + p_x @ (v_x.T @ w.T) + (r_x @ v_w) @ u.T
+    dx = number["dgrad_grad_output"] @ number["dgrad_weight"].T + p_g @ (v_g.T @ w) + (r_g @ u) @ v_w.T
+    dw = number["wgrad_grad_output"] @ number["wgrad_input"].T
+    dw = dw + v_g @ (p_g.T @ p_x @ v_x.T + p_g.T @ r_x) + (r_g.T @ p_x) @ v_x.T
+    cells = {
+        name: replace(getattr(METIS, name), split=SplitConfig(head_placement="merged"))
+        for name in CELL_NAMES
+        if operand_of(name) in operands
+    }
+    plan = _plan(replace(METIS, name="some merged", **cells), **bases)
+    x, w, g = sources.values()
+    _assert_close(fprop(x, w, plan, torch.float32), y, HEADS_FP32, "y")
+    _assert_close(dgrad(g, w, plan, torch.float32), dx, HEADS_FP32, "dx")
+    _assert_close(wgrad(g, x, plan, torch.float32), dw, HEADS_FP32, "dw")
+
+
+def test_what_a_merged_head_costs():
+    """Operands lose nothing to speak of, products do: x's head then meets the quantised weight.
+
+    Relative Frobenius errors, head energies of x as given; measured 0.009 and 0.105 at 99.6 %.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, features, rank, energy = 512, 256, 16, 0.996
+    u, v = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in (tokens, features))
+    tail = torch.randn(tokens, features, generator=generator)
+    tail -= u @ (u.T @ tail)
+    tail -= (tail @ v) @ v.T
+    x = (energy / rank) ** 0.5 * u @ v.T + (1 - energy) ** 0.5 * tail / tail.norm()
+    x, w = x * (tokens * features) ** 0.5, torch.randn(features, features, generator=generator)
+    bases = {"v_input": v.bfloat16(), "v_weight": torch.linalg.svd(w).Vh[:rank].T.bfloat16()}
+    axes = {"tokens": tokens, "in_features": features, "out_features": features}
+    errors = {}
+    for name in ("metis", "metis_merged"):
+        plan = _plan(RECIPES[name], **bases, **{axis: Axis.whole(size) for axis, size in axes.items()})
+        exact = x.double() @ w.double().T
+        errors[name] = float((fprop(x, w, plan, torch.float32).double() - exact).norm() / exact.norm())
+    assert errors["metis"] < 0.015
+    assert 0.08 < errors["metis_merged"] < 0.12
 
 
 def test_literal_heads_multiply_quantised_factors():

@@ -40,6 +40,7 @@ MINIMAL_CHECKS = {
     "rotation": 250,
     "amax both": 60,
     "decoding": 30,
+    "added heads": 250,
     "large": 9,
 }
 """Comparisons per group: fewer means that a group lost inputs."""
@@ -165,6 +166,11 @@ WRONG_CALLS = {
         x, a, rounding="stochastic", noise=noise(((0, 32),), ((0, 64),)), num_random_bits=12)),
     "scales": (ConfigError, "scale_rounding", lambda q, x, a: q(x, a, scale_rounding="even")),
     "no output": (ConfigError, "want_packed", lambda q, x, a: q(x, a, want_operand=False)),
+    "other whole": (ShapeError, "must be .*as its residual", lambda q, x, a: q(x, a, whole=x.bfloat16())),
+    "whole for codes": (ConfigError, "no effect on codes", lambda q, x, a: q(
+        x, a, whole=x, want_operand=False, want_packed=True)),
+    "whole and 4over6": (ConfigError, "must be None with four_over_six", lambda q, x, a: q(
+        x, a, whole=x, four_over_six="mae")),
     "host amax": (ShapeError, "amax must be a 0-dim", lambda q, x, a: q(x, a[None])),
     "4over6 error": (ConfigError, "'mae' or 'mse'", lambda q, x, a: q(x, a, four_over_six="max")),
     "4over6 rotated": (ConfigError, "four_over_six", lambda q, x, a: q(

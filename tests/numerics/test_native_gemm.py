@@ -25,7 +25,7 @@ from metis.gemm.scaled_mm import ScaledMmGemm, native_gemm_available, scaled_mm_
 from metis.nn import MetisLinear
 from metis.policy import linear_paths, resolve_policy
 from metis.quantize import QuantizedTensor, quantize
-from metis.recipes import BF16, METIS, NVFP4, NVFP4_DIRECT
+from metis.recipes import BF16, METIS, METIS_MERGED, NVFP4, NVFP4_DIRECT
 from metis.training import gemm_backend
 from metis.training.arguments import parse_args, validate_args
 from metis.training.gemm_backend import edge_counts, resolve_gemm_backend
@@ -269,7 +269,7 @@ def test_this_machine_is_refused_by_name() -> None:
         scaled_mm_backend("cpu")
 
 
-@pytest.mark.parametrize(("exact", "recipe"), [(True, NVFP4), (False, BF16)])
+@pytest.mark.parametrize(("exact", "recipe"), [(True, NVFP4), (False, BF16), (False, METIS_MERGED)])
 def test_auto_is_emulated_where_native_would_have_no_effect(
     exact: bool, recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -282,7 +282,10 @@ def test_auto_is_emulated_where_native_would_have_no_effect(
     assert backend == EmulatedGemm(kernels="auto", weight_cache="codes")
     assert args.gemm_backend == "emulated"
     out = capsys.readouterr().out
-    assert ("(auto: --exact-reductions)" in out) if exact else out == ""
+    if recipe is METIS_MERGED:
+        assert "(auto: metis_merged adds heads back into operands)" in out
+    else:
+        assert ("(auto: --exact-reductions)" in out) if exact else out == ""
 
 
 # --- what the command line alone decides -------------------------------------------------------------------
@@ -311,6 +314,8 @@ REFUSED = {
                  "must not be combined with --transformer-impl local"),
     "te_absent": ("--recipe nvfp4 --gemm-backend transformer_engine --bf16",
                   "needs Transformer Engine 2.7 or newer, received none installed"),
+    "merged": ("--recipe metis_merged --gemm-backend scaled_mm",
+               "keep heads apart, because it reads codes, received metis_merged"),
     "choice": ("--gemm-backend scaledmm", "received 'scaledmm'; did you mean 'scaled_mm'"),
 }  # fmt: skip
 

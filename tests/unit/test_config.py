@@ -42,7 +42,7 @@ from metis.errors import CheckpointError, ConfigError
 from metis.functional import LinearPlan, fprop
 from metis.nn import MetisLinear
 from metis.operand import Axis
-from metis.recipes import METIS, METIS_PAPER, NVFP4, NVFP4_DIRECT, resolve_recipe
+from metis.recipes import METIS, METIS_MERGED, METIS_PAPER, NVFP4, NVFP4_DIRECT, resolve_recipe
 from metis.training.run_config import check_compatible
 from tests.numerics._simulated_ranks import Team, shard_of, use_simulated_collectives
 
@@ -74,6 +74,7 @@ CHANGED_VALUES = {
     "*.rank.maximum": 4,
     "*.mean_first": True,
     "*.head_format": "feedback",
+    "*.head_placement": "merged",
     "basis.refresh_interval_steps": 2,
     "basis.row_sample_fraction": 1.0,
     "basis.oversample": 0,
@@ -394,7 +395,7 @@ def test_the_walk_knows_every_leaf():
     for pattern in (*REFUSED, *CHANGED_VALUES):
         assert any(fnmatch.fnmatchcase(path, pattern) for path in ALL_LEAVES), f"{pattern} is gone"
     quantizer, rank = 10, 5
-    split, section_leaves = rank + 2 + quantizer, {"basis": 7, "spectral": 6, "dual_range": 4}
+    split, section_leaves = rank + 3 + quantizer, {"basis": 7, "spectral": 6, "dual_range": 4}
     expected = 6 * (quantizer + split) + (rank + quantizer) + sum(section_leaves.values()) + 3
     assert len(ALL_LEAVES) == expected
 
@@ -674,6 +675,24 @@ def _spectral(**settings: Any) -> Recipe:
             "must be 'bf16' without a rank",
         ),
         (lambda: SplitConfig(head_quantizer=ROWS), "has no effect with head_format 'bf16'"),
+        (lambda: SplitConfig(head_placement="beside"), "must be apart or merged, received 'beside'"),
+        (
+            lambda: SplitConfig(head_placement="merged", head_format="feedback"),
+            "head_placement: must be 'apart' with head_format 'feedback'",
+        ),
+        (lambda: _with(METIS_MERGED, save_packed=True), "codes do not hold what is multiplied"),
+        (
+            lambda: dataclasses.replace(METIS_MERGED, spectral_learning_rate=SpectralLearningRateConfig()),
+            "needs split.head_placement 'apart' of the output gradient",
+        ),
+        (
+            lambda: _uniform(
+                None,
+                fprop_input=CellConfig(split=SplitConfig(head_placement="merged")),
+                basis=BasisConfig(),
+            ),
+            "fprop_input.split.head_placement: has no effect without a quantizer",
+        ),
         (lambda: SplitConfig(head_format="feedback", head_quantizer=TILES), "in blocks of one row"),
         (lambda: SpectralLearningRateConfig(schedule="step"), "must be one of stepped, smooth"),
         (lambda: SpectralLearningRateConfig(apply_to="dx"), "must be one of dw, dw_and_dx"),

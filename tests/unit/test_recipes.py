@@ -41,11 +41,15 @@ from metis.recipes import (
 # Operands in order: fprop x and w, dgrad g and w, wgrad g and x.
 # rows 1x16, tiles 16x16 (NVFP4); mx 1x32 (MXFP4); fp8 e4m3 or e5m2 per tensor, in rows of 128 or tiles of
 # 128x128; pow2: power-of-two scales; sr: stochastic; rht: rotated by 16 fixed signs; 4/6: by mean absolute
-# error; +FORMAT: split, its head in that format; +mean: the mean alone.
+# error; +FORMAT: split, its head in that format, merged: added back; +mean: the mean alone.
 TABLE = {
     "bf16": ("-",) * 6,
     "nvfp4": ("rows", "tiles", "rows sr", "tiles", "rows sr rht", "rows rht"),
     "metis": ("rows +bf16", "tiles +bf16", "rows sr +bf16", "tiles +bf16", "rows sr +bf16", "rows +bf16"),
+    "metis_merged": (
+        *("rows +bf16 merged", "tiles +bf16 merged", "rows sr +bf16 merged"),
+        *("tiles +bf16 merged", "rows sr +bf16 merged", "rows +bf16 merged"),
+    ),
     "nvfp4_direct": ("rows",) * 6,
     "nvfp4_4over6": ("rows", "tiles 4/6", "rows sr", "tiles 4/6", "rows sr rht", "rows rht"),
     "nvfp4_forward_bf16": ("-", "-", "rows sr", "tiles", "rows sr rht", "rows rht"),
@@ -65,7 +69,7 @@ TABLE = {
     "bf16_reparametrised": ("-",) * 6,
 }
 REPARAMETRISED = {"metis_paper", "metis_v1", "metis_v1_mxfp4", "metis_v1_fp8", "bf16_reparametrised"}
-WITH_BASIS = {"metis", "metis_paper", "metis_v1", "metis_v1_mxfp4", "metis_v1_fp8"}
+WITH_BASIS = {"metis", "metis_merged", "metis_paper", "metis_v1", "metis_v1_mxfp4", "metis_v1_fp8"}
 SPECTRAL = {"metis_v1", "metis_v1_mxfp4", "metis_v1_fp8"}
 HIGH_PRECISION = {"bf16", "bf16_reparametrised"}
 BLOCK_WORDS = {
@@ -98,11 +102,12 @@ def _words(cell: CellConfig) -> str:
     elif cell.split is not None:
         assert not cell.split.mean_first
         words.append(f"+{cell.split.head_format}")
+        words += ["merged"] if cell.split.head_placement == "merged" else []
     return " ".join(words) or "-"
 
 
 def test_the_table_has_every_recipe_and_every_recipe_a_source():
-    assert set(TABLE) == set(RECIPES) == set(SOURCES) and len(TABLE) == 17
+    assert set(TABLE) == set(RECIPES) == set(SOURCES) and len(TABLE) == 18
 
 
 @pytest.mark.parametrize("name", RECIPES)
