@@ -53,6 +53,11 @@ from metis.kernels import Thin
 KEEP = ("operand", "codes")
 """What a `WeightCache` can hold."""
 
+CHOICES = ("auto", *KEEP)
+
+SMALL_WEIGHT = 2**22
+"""Weights (8 MiB in bf16) below which "auto" keeps the operand: there launches cost more than memory does."""
+
 _CELLS = ("fprop_weight", "dgrad_weight")
 _COLUMNS, _ROWS = 1, 0
 
@@ -165,15 +170,16 @@ class EncodedWeight:
 class WeightCache:
     """Keeps the encoded weight of the running step; `clear` whenever the weight may have changed.
 
-    keep: "operand" or "codes", see above. The training loop clears it after the optimizer step
+    keep: "operand" or "codes", see above, or "auto": the operand where a rank holds fewer than `SMALL_WEIGHT`
+    weights, else codes. The training loop clears it after the optimizer step
     (`advance_bases`). Another tensor in the weight's place and an in-place change that torch counts (an
     optimizer's, a `load_state_dict`) are noticed without that, and so are another step and other bases. A
     copied or unpickled cache is empty. Raises ConfigError for another `keep`.
     """
 
-    def __init__(self, keep: str = "codes") -> None:
-        if keep not in KEEP:
-            raise ConfigError("weight cache", f"must keep one of {KEEP}, received {keep!r}")
+    def __init__(self, keep: str = "auto") -> None:
+        if keep not in CHOICES:
+            raise ConfigError("weight cache", f"must keep one of {CHOICES}, received {keep!r}")
         self.keep = keep
         self._key: tuple[Any, ...] | None = None
         self._held: tuple[Tensor | None, ...] = ()
@@ -205,7 +211,7 @@ class WeightCache:
         return WeightCache, (self.keep,)
 
 
-def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "codes") -> EncodedWeight:
+def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "auto") -> EncodedWeight:
     """Split and quantise a weight for both products that read it, with the factors that go beside it.
 
     w: bf16 [N, K], contiguous along K. keep: see `WeightCache`.
@@ -214,6 +220,8 @@ def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "codes") -> Encode
     quantizers = cells[0].quantizer, cells[1].quantizer
     if quantizers == (None, None):
         return EncodedWeight()
+    if keep == "auto":
+        keep = "operand" if w_NK.numel() < SMALL_WEIGHT else "codes"
     num_out, num_in = w_NK.shape
     v_x, v_g = head_basis_of(plan, "fprop_input"), head_basis_of(plan, "dgrad_grad_output")
     its_cell = _CELLS[0] if cells[0].split is not None else _CELLS[1]

@@ -58,7 +58,7 @@ class EmulatedGemm:
     """
 
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    weight_cache: Literal["operand", "codes"] = "codes"
+    weight_cache: Literal["auto", "operand", "codes"] = "auto"
     name: ClassVar[str] = "emulated"
     reads_bytes: ClassVar[bool] = False
 

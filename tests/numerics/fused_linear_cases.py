@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from metis import encoded_weight, fused_linear, fused_operand, fused_products
 from metis.clock import OperandWatch, TrainingClock
 from metis.config import CELL_NAMES, BasisConfig, QuantizerConfig, RankConfig, Recipe, RhtConfig, SplitConfig
-from metis.encoded_weight import KEEP
+from metis.encoded_weight import CHOICES, KEEP, encode_weight
 from metis.errors import ConfigError
 from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.functional import quantized_linear as definition
@@ -539,13 +539,21 @@ def test_a_weight_kept_as_codes_changes_no_bit_and_takes_less_memory(recipe: Rec
 
 
 def test_a_backend_says_what_its_linears_keep() -> None:
-    for keep in KEEP:
+    for keep in CHOICES:
         backend = EmulatedGemm(kernels="triton", weight_cache=keep)  # type: ignore[arg-type]
         layer = MetisLinear(64, 32, recipe=RECIPES["metis"], dtype=torch.bfloat16, backend=backend)
         for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert one.core.weights.keep == keep
     with pytest.raises(ConfigError, match="weight cache: must keep one of"):
         WeightCache("bytes")
+
+
+def test_small_weights_are_kept_as_operands_and_large_ones_as_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, plan = tensors()[1], plan_of(RECIPES["metis"])
+    for size, expected in ((w.numel() + 1, "operand"), (w.numel(), "codes")):
+        monkeypatch.setattr(encoded_weight, "SMALL_WEIGHT", size)
+        found, wanted = (storages(encode_weight(w, plan, keep)) for keep in ("auto", expected))
+        assert sorted(found.values()) == sorted(wanted.values())
 
 
 def small_layer(recipe: Recipe = RECIPES["metis"], **options: Any) -> MetisLinear:

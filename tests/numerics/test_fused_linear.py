@@ -28,6 +28,7 @@ MINIMAL_CASES = {
     "test_merged_and_other_heads_do_not_mix_on_kernels": 1,
     "test_a_weight_kept_as_codes_changes_no_bit_and_takes_less_memory": 9,
     "test_a_backend_says_what_its_linears_keep": 1,
+    "test_small_weights_are_kept_as_operands_and_large_ones_as_codes": 1,
     "test_ranks_that_keep_codes_of_their_weights_change_no_bit": 4,
     "test_the_main_gradient_takes_the_sum_of_microbatches": 3,
     "test_the_weight_is_encoded_once_per_step_and_again_after_any_change": 1,

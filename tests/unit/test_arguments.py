@@ -142,7 +142,7 @@ OUR_DEFAULTS = {
     "no_optimizer_fusion": False,
     "gemm_backend": "auto",
     "quantize_kernels": "auto",
-    "weight_cache": "codes",
+    "weight_cache": "auto",
     "device": "auto",
     "keep_last_checkpoints": None,
     "metrics_file": None,
