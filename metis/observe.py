@@ -2,10 +2,11 @@
 
 One idea: `OperandMeter.measure` looks over the shoulder of one encoding and sees what its GEMM will see, the
 decoded operand x^ = P V^T + R^ (the head's factors and the decoded residual, rotated back where its cell asks
-for the Hadamard transform), beside its source x. Every number is that of the whole matrix: sums of squares,
-counts and maxima are reduced over the ranks that hold the rest of its rows or columns, in float64 and int64,
-so that no layout changes them beyond the order of a float64 sum. All norms are Frobenius norms; `y` is what
-the quantiser read (the residual; rotated, where the cell rotates), M x K the operand's size, r its rank.
+for the Hadamard transform; the one matrix that is multiplied where heads are merged), beside its source x.
+Every number is that of the whole matrix: sums of squares, counts and maxima are reduced over the ranks that
+hold the rest of its rows or columns, in float64 and int64, so that no layout changes them beyond the order of
+a float64 sum. All norms are Frobenius norms; `y` is what the quantiser read (the residual; rotated, where the
+cell rotates), M x K the operand's size, r its rank.
 
 | metric | formula | cost |
 | --- | --- | --- |
@@ -58,7 +59,7 @@ from metis.config import QuantizerConfig, RankConfig
 from metis.diagnostics import exceeds_block_limit
 from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.fused import sign_vector
-from metis.operand import Axis, EncodedMatrix, SplitMatrix, encode, rotate
+from metis.operand import Axis, EncodedMatrix, SplitMatrix, encode, merged, rotate
 from metis.quantize import QuantizedTensor, random_hadamard
 from metis.quantize.blocks import block_amax
 from metis.rng import gaussian, stream_key
@@ -127,10 +128,17 @@ class OperandMeter:
         energy = float(whole.sum(_square_sum(source)))
         if not math.isfinite(energy):
             return {}
-        decoded = [(_as_source(encoded, quantizer, cell_name), split.p, split.v)]
+        if split.p is not None and getattr(plan.recipe, cell_name).is_merged:
+            sides = (m.t() if is_transposed(cell_name) else m for m in (source, split.residual))
+            operand = merged(*sides, encoded, quantizer.rht).to(torch.float32)
+            decoded = [(_as_source(operand, quantizer, cell_name), None, None)]
+        else:
+            decoded = [
+                (_as_source(encoded.dequantize(torch.float32), quantizer, cell_name), split.p, split.v)
+            ]
         if split.p is not None:
             unsplit = _encode_unsplit(plan, cell_name, source, quantizer)
-            decoded.append((_as_source(unsplit, quantizer, cell_name), None, None))
+            decoded.append((_as_source(unsplit.dequantize(torch.float32), quantizer, cell_name), None, None))
         directions = self._leading(plan, operand_of(cell_name), source, whole)
         errors = _errors(source, decoded, directions, whole)
         metrics = {"relative_error": errors[0][0], "tail_error": errors[0][1]}
@@ -233,9 +241,8 @@ def _as_read(residual: Tensor, quantizer: QuantizerConfig, cell_name: str) -> Te
     return rotate(matrix.to(torch.float32) if matrix.dtype == torch.float64 else matrix, quantizer.rht)
 
 
-def _as_source(encoded: EncodedMatrix, quantizer: QuantizerConfig, cell_name: str) -> Tensor:
-    """Return the decoded residual as its source is stored, rotated back: fp32, or float64 if rotated."""
-    decoded = encoded.dequantize(torch.float32)
+def _as_source(decoded: Tensor, quantizer: QuantizerConfig, cell_name: str) -> Tensor:
+    """Return what a cell's product reads, fp32, as its source is stored, rotated back: then float64."""
     if quantizer.rht is not None:
         size = quantizer.rht.size
         eye = torch.eye(size, device=decoded.device)

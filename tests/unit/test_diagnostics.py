@@ -99,6 +99,7 @@ GAP_TOLERANCE = 1e-11  # measured: 3e-15
 TOP_VALUE_TOLERANCE = 1e-11  # relative; measured: 2e-15
 OBSERVED_RECIPES = (
     "metis",
+    "metis_merged",
     "nvfp4",
     "mean_split",
     "mxfp4",
@@ -174,7 +175,10 @@ def expected_metrics(seen: Observation) -> dict[str, float]:
     result = {}
     if seen.split.p is not None:
         head = seen.split.p.double() @ seen.split.v.double().t()
-        approximation = approximation + head
+        if getattr(seen.plan.recipe, seen.cell).is_merged:
+            approximation = (x + (approximation - residual)).to(torch.bfloat16).double()
+        else:
+            approximation = approximation + head
         result["captured_energy"] = float(head.square().sum() / x.square().sum())
         result["residual_amax_ratio"] = float(residual.abs().max() / x.abs().max())
     u = torch.linalg.svd(x, full_matrices=False)[2][:16].t()
