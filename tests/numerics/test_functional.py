@@ -268,7 +268,7 @@ def test_a_merged_head_makes_one_matrix_of_an_operand(operands: tuple[str, ...])
 def test_what_a_merged_head_costs():
     """Operands lose nothing to speak of, products do: x's head then meets the quantised weight.
 
-    Relative Frobenius errors, head energies of x as given; measured 0.009 and 0.105 at 99.6 %.
+    Relative Frobenius errors; measured 0.009, 0.105 and, for nvfp4, 0.15.
     """
     generator = torch.Generator().manual_seed(0)
     tokens, features, rank, energy = 512, 256, 16, 0.996
@@ -281,12 +281,12 @@ def test_what_a_merged_head_costs():
     bases = {"v_input": v.bfloat16(), "v_weight": torch.linalg.svd(w).Vh[:rank].T.bfloat16()}
     axes = {"tokens": tokens, "in_features": features, "out_features": features}
     errors = {}
-    for name in ("metis", "metis_merged"):
+    for name in ("metis", "metis_merged", "nvfp4"):
         plan = _plan(RECIPES[name], **bases, **{axis: Axis.whole(size) for axis, size in axes.items()})
         exact = x.double() @ w.double().T
         errors[name] = float((fprop(x, w, plan, torch.float32).double() - exact).norm() / exact.norm())
     assert errors["metis"] < 0.015
-    assert 0.08 < errors["metis_merged"] < 0.12
+    assert 0.08 < errors["metis_merged"] < 0.12 < errors["nvfp4"]
 
 
 def test_literal_heads_multiply_quantised_factors():
