@@ -11,8 +11,10 @@ model's identity.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
+import typing
 from argparse import Namespace
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from metis.config import Recipe, to_dict
 from metis.errors import CheckpointError
+from metis.policy import Policy
 from metis.training.retention import find_checkpoint
 
 _NEW_RUN = "--finetune to start a new run from these weights"
@@ -254,7 +258,32 @@ def _keeps_local_bases(value: Any) -> bool:
     return isinstance(value, list) and any(map(_keeps_local_bases, value))
 
 
+def _with_defaults(stored: Any, hint: Any) -> Any:
+    """Return plain stored values of a config class with settings that are newer than the file at their
+    defaults, which mean what was done before there was such a setting.
+    """
+    cls = next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
+    if isinstance(stored, list) and cls is not None:
+        return [_with_defaults(item, cls) for item in stored]
+    if cls is None or not isinstance(stored, Mapping):
+        return stored
+    hints = typing.get_type_hints(cls)
+    values = {name: _with_defaults(value, hints.get(name)) for name, value in stored.items()}
+    for setting in dataclasses.fields(cls):
+        if setting.name in values:
+            continue
+        if setting.default is not dataclasses.MISSING:
+            values[setting.name] = _as_json(to_dict(setting.default))
+        elif setting.default_factory is not dataclasses.MISSING:
+            values[setting.name] = _as_json(to_dict(setting.default_factory()))
+    return values
+
+
 def _refuse(where: str, kind: str, stored: Any, requested: Any, remedy: str) -> None:
+    if kind == "recipe" or kind.startswith("recipe from"):
+        stored = _with_defaults(stored, Recipe)
+    elif kind == "policy":
+        stored = _with_defaults(stored, Policy)
     differences = list(describe_differences(stored, requested, both_sides=kind == "model"))
     if differences:
         shown = "; ".join(differences[:6]) + (
@@ -280,8 +309,19 @@ def describe_differences(
             yield from describe_differences(
                 stored.get(key), requested.get(key), both_sides=both_sides, path=inner
             )
+    elif _are_lists_of_sections(stored, requested):
+        for number, pair in enumerate(zip(stored, requested, strict=True)):
+            yield from describe_differences(*pair, both_sides=both_sides, path=f"{path}[{number}]")
     elif stored != requested:
         yield f"{path or 'value'} stored {stored!r}, requested {requested!r}"
+
+
+def _are_lists_of_sections(*values: Any) -> bool:
+    return (
+        all(isinstance(value, list) for value in values)
+        and len({len(value) for value in values}) == 1
+        and all(isinstance(item, Mapping) for value in values for item in value)
+    )
 
 
 def load_args_from_checkpoint(args: Namespace, given: set[str]) -> None:

@@ -70,6 +70,42 @@ def test_factored_weights_are_not_read_as_plain_ones(tmp_path: Path, finetune: b
     check_compatible("ckpt", stored, _resolve("--recipe bf16_reparametrised"), finetune=True)
 
 
+def _without(value: object, names: set[str]) -> object:
+    """Return nested plain values as a version wrote them that did not know some settings."""
+    if isinstance(value, dict):
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
+    return [_without(item, names) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("place", ["recipe", "policy", "recipe_schedule"])
+def test_settings_newer_than_the_checkpoint_had_their_defaults(tmp_path: Path, place: str):
+    """One setting of a split and one of the whole recipe; what then differs is still named."""
+    names = {"head_placement", "amax_scope"}
+    (tmp_path / "mine.json").write_text(json.dumps({"base": "metis", "name": "mine"}))
+    (tmp_path / "merged.json").write_text(json.dumps({"base": "metis_merged", "name": "mine"}))
+    options = {}
+    for name in ("mine", "merged"):
+        path = f"{tmp_path}/{name}.json"
+        if place == "recipe":
+            options[name] = f"--recipe {path}"
+            continue
+        text = json.dumps(
+            {"rules": [{"match": "*.0.*", "recipe": path}, {"match": "*"}]}
+            if place == "policy"
+            else {"phases": [{"at_step": 4, "recipe": path}]}
+        )
+        (tmp_path / f"{place}-{name}.json").write_text(text)
+        option = "--policy" if place == "policy" else "--recipe-schedule"
+        options[name] = f"{option} {tmp_path}/{place}-{name}.json"
+    stored = _stored(_resolve(options["mine"]), tmp_path)
+    assert "head_placement" in json.dumps(stored[place])
+    stored = _without(stored, names)
+    assert not any(name in json.dumps(stored) for name in names)
+    check_compatible("ckpt", stored, _resolve(options["mine"]), finetune=False)
+    with pytest.raises(CheckpointError, match="head_placement stored 'apart', requested 'merged'"):
+        check_compatible("ckpt", stored, _resolve(options["merged"]), finetune=False)
+
+
 @pytest.mark.parametrize("place", ["recipe", "policy"])
 def test_bases_of_single_ranks_need_the_same_number_of_ranks(tmp_path: Path, place: str):
     """A basis per rank cannot be cut or joined; weights can, so --finetune may take them."""
