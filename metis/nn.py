@@ -95,6 +95,7 @@ class LinearCore(nn.Module):
         self.backend = backend or EmulatedGemm()
         self.in_features, self.out_features = in_features, out_features
         _check_features(recipe, layer, in_features, out_features)
+        _check_backend(recipe, layer, self.backend)
         self.bases = self._bases_for(recipe, nn.ModuleDict(), device)
         self._set_weights()
         self.borrowed: frozenset[str] = frozenset()
@@ -145,6 +146,7 @@ class LinearCore(nn.Module):
             return
         require_same_parameters(f"{self.layer}: recipe", self.recipe, recipe)
         _check_features(recipe, self.layer, self.in_features, self.out_features)
+        _check_backend(recipe, self.layer, self.backend)
         own = nn.ModuleDict({name: b for name, b in self.bases.items() if name not in self.borrowed})
         self.bases = self._bases_for(recipe, own, device)
         self.recipe, self.borrowed, self._lender = recipe, frozenset(), ()
@@ -283,6 +285,16 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
     bases = [basis for core, _ in linears for _, basis in core.own_bases()]
     renew_bases(bases, step, token_group)
     overwrite_active(bases)
+
+
+def _check_backend(recipe: Recipe, layer: str, backend: GemmBackend) -> None:
+    if backend.reads_bytes and recipe.has_merged_heads:
+        raise ConfigError(
+            f"backend of {layer or 'a linear'}",
+            f"must not be {backend.name}, which multiplies codes, with recipe {recipe.name!r}, whose heads "
+            "are "
+            "added back into operands; use EmulatedGemm, or head_placement: apart",
+        )
 
 
 def _check_features(recipe: Recipe, layer: str, in_features: Axis, out_features: Axis) -> None:

@@ -80,8 +80,18 @@ def check_gemm_backend(args: Namespace, recipes: Mapping[str, Recipe]) -> None:
     )
 
 
-def check_quantize_kernels(args: Namespace) -> None:
-    """Refuse kernels on a device that is known to have none (`auto` is resolved later)."""
+def check_quantize_kernels(args: Namespace, recipes: Mapping[str, Recipe]) -> None:
+    """Refuse kernels on a device that is known to have none (`auto` is resolved later), and codes of weights
+    that have none.
+    """
+    quantized = {recipe.name: recipe for recipe in recipes.values() if recipe.is_quantized}
+    require(
+        args.weight_cache != "codes" or not quantized or len(_merging(quantized)) < len(quantized),
+        "--weight-cache",
+        f"codes has no effect on {_listed(_merging(quantized))}, which adds heads back into operands; use "
+        "auto "
+        "or operand",
+    )
     require(
         args.quantize_kernels != "triton" or args.device != "cpu",
         "--quantize-kernels",

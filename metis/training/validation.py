@@ -197,7 +197,7 @@ def _check_recipe(args: Namespace) -> None:
             _check_ranks(args, path, used)
             _check_linear(args, path, used)
     check_gemm_backend(args, all_uses(phases))
-    check_quantize_kernels(args)
+    check_quantize_kernels(args, all_uses(phases))
     if args.spec is not None:
         _check_spec(args, all_uses(phases))
 

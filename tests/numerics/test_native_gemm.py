@@ -331,6 +331,24 @@ def test_arguments_that_cannot_work_are_refused_without_torch(
     assert error.value.where == "--gemm-backend" and message in error.value.message
 
 
+def test_codes_of_weights_that_have_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--weight-cache: codes has no effect on metis_merged"):
+        parsed("--recipe metis_merged --weight-cache codes")
+    for options in ("--recipe metis_merged", "--recipe metis --weight-cache codes"):
+        parsed(options)
+
+
+def test_a_linear_whose_backend_reads_codes_keeps_heads_apart() -> None:
+    class Native(EmulatedGemm):
+        reads_bytes = True
+
+    layer = MetisLinear(32, 32, recipe=METIS, backend=Native())
+    with pytest.raises(ConfigError, match="must not be emulated, which multiplies codes"):
+        layer.set_recipe(METIS_MERGED)
+    with pytest.raises(ConfigError, match="whose heads are added back into operands"):
+        MetisLinear(32, 32, recipe=METIS_MERGED, backend=Native())
+
+
 def test_formats_beyond_nvfp4_are_emulated_and_refused_to_scaled_mm(tmp_path: Path) -> None:
     cell = "{quantizer: {format: mxfp4, block_shape: [1, 32]}}"
     path = tmp_path / "mx.yaml"
