@@ -259,8 +259,8 @@ def _keeps_local_bases(value: Any) -> bool:
 
 
 def _with_defaults(stored: Any, hint: Any) -> Any:
-    """Return plain stored values of a config class with settings that are newer than the file at their
-    defaults, which mean what was done before there was such a setting.
+    """Return plain values of a config class with the settings that they lack at their defaults, which mean
+    what was done before there was such a setting.
     """
     cls = next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
     if isinstance(stored, list) and cls is not None:
@@ -280,10 +280,8 @@ def _with_defaults(stored: Any, hint: Any) -> Any:
 
 
 def _refuse(where: str, kind: str, stored: Any, requested: Any, remedy: str) -> None:
-    if kind == "recipe" or kind.startswith("recipe from"):
-        stored = _with_defaults(stored, Recipe)
-    elif kind == "policy":
-        stored = _with_defaults(stored, Policy)
+    hint = {"recipe": Recipe, "policy": Policy}.get(kind, Recipe if kind.startswith("recipe from") else None)
+    stored, requested = _with_defaults(stored, hint), _with_defaults(requested, hint)
     differences = list(describe_differences(stored, requested, both_sides=kind == "model"))
     if differences:
         shown = "; ".join(differences[:6]) + (
