@@ -16,7 +16,7 @@ from typing import Any
 
 from tests._distributed import run_ranks, use_fast_checkpoint_queue
 
-RECIPES = ("bf16", "nvfp4", "nvfp4_direct", "metis", "metis_merged", "metis_paper", "bf16_reparametrised")
+RECIPES = ("bf16", "nvfp4", "nvfp4_direct", "metis", "metis_paper", "bf16_reparametrised")
 SHAPE = (
     "--preset tiny --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
     "--num-query-groups 2 --kv-channels 16 --seq-length 32 --max-position-embeddings 32 "

@@ -388,7 +388,9 @@ def test_what_stands_for_an_accumulated_gradient_is_zero_where_somebody_reads_it
 
 
 @pytest.mark.parametrize("sharded", ["out_features", "in_features"])
-@pytest.mark.parametrize("recipe", [NVFP4, METIS, METIS_PAPER], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [NVFP4, METIS, RECIPES["metis_merged"], METIS_PAPER], ids=lambda recipe: recipe.name
+)
 def test_tensor_parallel_shards_give_the_products_of_one_rank(
     monkeypatch: pytest.MonkeyPatch, recipe: Recipe, sharded: str
 ):
