@@ -56,7 +56,9 @@ KEEP = ("operand", "codes")
 CHOICES = ("auto", *KEEP)
 
 SMALL_WEIGHT = 2**22
-"""Weights (8 MiB in bf16) below which "auto" keeps the operand: there launches cost more than memory does."""
+"""Weights (8 MiB in bf16) below which "auto" keeps the operand, which takes fewer launches; a choice, not
+measured.
+"""
 
 _CELLS = ("fprop_weight", "dgrad_weight")
 _COLUMNS, _ROWS = 1, 0

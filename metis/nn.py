@@ -291,9 +291,8 @@ def _check_backend(recipe: Recipe, layer: str, backend: GemmBackend) -> None:
     if backend.reads_bytes and recipe.has_merged_heads:
         raise ConfigError(
             f"backend of {layer or 'a linear'}",
-            f"must not be {backend.name}, which multiplies codes, with recipe {recipe.name!r}, whose heads "
-            "are "
-            "added back into operands; use EmulatedGemm, or head_placement: apart",
+            f"must not be {backend.name}, which multiplies codes, with recipe {recipe.name!r}, "
+            "whose heads are added back into operands; use EmulatedGemm, or head_placement: apart",
         )
 
 

@@ -149,7 +149,7 @@ def _quantizing(inputs: _Inputs) -> Iterator[KernelCase]:
         lambda i: q(xs[i].t(), amax, sign_vector=signs, noise=by_cols, **sr),
         to=COLUMNS_RNE,
     )
-    # The matrix itself stands for what it is the residual of: the same bytes are read, from other places.
+    # Another input stands for the matrix that this one is the residual of: as many bytes, from other places.
     others = [*xs[1:], xs[0]]
     with_head = "head added back"
     yield case(f"1x16 rne, rows, {with_head}", lambda i: q(xs[i], amax, whole=others[i]), 6 * n, ROWS_RNE)

@@ -88,9 +88,8 @@ def check_quantize_kernels(args: Namespace, recipes: Mapping[str, Recipe]) -> No
     require(
         args.weight_cache != "codes" or not quantized or len(_merging(quantized)) < len(quantized),
         "--weight-cache",
-        f"codes has no effect on {_listed(_merging(quantized))}, which adds heads back into operands; use "
-        "auto "
-        "or operand",
+        f"codes has no effect on {_listed(_merging(quantized))}, which adds heads back into operands; "
+        "use auto or operand",
     )
     require(
         args.quantize_kernels != "triton" or args.device != "cpu",

@@ -137,8 +137,7 @@ _RECIPE = (
     _opt("--weight-cache", str, "auto",
          "what kernels keep of a quantised weight within a step: its codes (0.6 bytes a weight), decoded for "
          "every product, or its decoded operand (2 bytes); same bits. auto: operands of less than 4 Mi "
-         "weights "
-         "per linear and rank, codes of larger ones. Merged heads: operands only", "gemm_backend",
+         "weights per linear and rank, codes of larger ones. Merged heads: operands only", "gemm_backend",
          choices=("auto", "codes", "operand")),
     _opt("--fp4-format", str, None, "Megatron's spelling of --recipe nvfp4", "validation", dest="fp4",
          choices=("e2m1",)),

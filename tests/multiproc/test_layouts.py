@@ -30,7 +30,7 @@ PLAIN_CURVE = {"bf16": 1e-5, "fp4": 1e-2}
 LOW_PRECISION_CURVE = {"bf16": 1e-3, "fp4": 1e-2}
 LOW_PRECISION_CURVE_DEEP = {"bf16": 1e-3, "fp4": 2e-2}
 """Of the four-layer model (vpp2): 7.4e-3, 6.6e-3 and 1.07e-2 seen, metis, nvfp4 and nvfp4_direct, each at the
-nineteenth batch; equal bits for three to eight steps, until the first code flips."""
+nineteenth batch; equal to four digits for the first two to eight steps."""
 
 EXACT, PLAIN, LOW = "--exact-reductions", "", "--bf16"
 
