@@ -26,7 +26,7 @@ from metis.gemm import EmulatedGemm, GemmBackend
 from metis.operand import Axis
 from metis.recipes import resolve_recipe
 from metis.regularize import dual_range_gradient
-from metis.renewal import renew_bases
+from metis.renewal import Compute, renew_bases
 from metis.reparametrised import FactorPath, split_by_svd
 from metis.rng import NoisePosition
 from metis.schedule import require_same_parameters
@@ -267,13 +267,18 @@ class LinearCore(nn.Module):
         return [(name, basis) for name, basis in self.bases.items() if name not in self.borrowed]  # type: ignore[misc]
 
 
-def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token_group: Any = None) -> None:
+def advance_bases(
+    linears: Iterable[tuple[LinearCore, Tensor]],
+    step: int,
+    token_group: Any = None,
+    compute: Compute | None = None,
+) -> None:
     """Turn the sketches of optimizer step `step` into new bases; call it after the optimizer step, on every
     rank. The weights have changed: what was encoded of them is forgotten.
 
     linears: each core with its current weight. token_group: ranks that saw other tokens of the step (data
     and context parallel); their sketches are summed in float64, in one message, so that all keep the same
-    bases.
+    bases. compute: as `renew_bases` takes it.
     """
     linears = list(linears)
     for core, weight in linears:
@@ -283,7 +288,7 @@ def advance_bases(linears: Iterable[tuple[LinearCore, Tensor]], step: int, token
             if operand == "weight" and basis.wants_sketch(step):
                 basis.add_weight(weight, core.out_features)
     bases = [basis for core, _ in linears for _, basis in core.own_bases()]
-    renew_bases(bases, step, token_group)
+    renew_bases(bases, step, token_group, compute)
     overwrite_active(bases)
 
 

@@ -86,11 +86,35 @@ class Pending:
     shards: Axis | None = None
 
 
+Work = Sequence[tuple[Renewable, Pending]]
+"""Bases, and what a step has put aside for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the device makes of a step's rows, before the host has looked at anything.
+
+    found: the sketch of every basis, summed over ranks. candidates: for bases of equal shape, their numbers
+    and the V that a warm refresh would give them, [G, K, q] bf16. values: float64, unknown numbers of rows in
+    the order of `found`, then for every candidate whether it may be used; None where there is nothing to ask.
+    """
+
+    found: list[Sketch]
+    candidates: list[tuple[list[int], Tensor]]
+    values: Tensor | None
+
+
+Compute = Callable[[Work, Any], Outcome]
+"""`compute_outcome`, or what stands for it: (work, token_group) -> Outcome."""
+
+
 @torch.no_grad()
-def renew_bases(bases: Iterable[Renewable], step: int, token_group: Any = None) -> None:
+def renew_bases(
+    bases: Iterable[Renewable], step: int, token_group: Any = None, compute: Compute | None = None
+) -> None:
     """Turn what was put aside in optimizer step `step` into new bases; call it on every rank.
 
-    token_group: ranks that saw other tokens of the step.
+    token_group: ranks that saw other tokens of the step. compute: `compute_outcome` if None.
     """
     work: list[tuple[Renewable, Pending]] = []
     for basis in bases:
@@ -101,6 +125,20 @@ def renew_bases(bases: Iterable[Renewable], step: int, token_group: Any = None) 
             basis.refresh(step)
     if not work:
         return
+    outcome = (compute or compute_outcome)(work, token_group)
+    counts, usable = _read(outcome)
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for members, v_GKq in outcome.candidates:
+        shape = (len(members), v_GKq.shape[2])
+        energies = torch.zeros(shape, dtype=torch.float64, device=v_GKq.device)
+        made.update(zip(members, zip(v_GKq.unbind(), energies.unbind(), strict=True), strict=True))
+    made = {number: made[number] for number, ok in zip(list(made), usable, strict=True) if ok}
+    for number, ((basis, _), sums) in enumerate(zip(work, outcome.found, strict=True)):
+        basis.take_in(sums, counts[number], made.get(number), step)
+
+
+def compute_outcome(work: Work, token_group: Any = None) -> Outcome:
+    """Sketch what was put aside, sum it over ranks and orthonormalise; the host reads nothing back."""
     sketch_pending(work)
     _sum_over_shards(work)
     found = [pending.sketch for _, pending in work if pending.sketch is not None]
@@ -113,15 +151,12 @@ def renew_bases(bases: Iterable[Renewable], step: int, token_group: Any = None) 
 
         _sum_in_one_message(of_tokens, total)
     candidates, verdicts = _warm_candidates([basis for basis, _ in work], found)
-    counts, usable = _read(found, verdicts)
-    made = {
-        number: candidate for (number, candidate), ok in zip(candidates.items(), usable, strict=True) if ok
-    }
-    for number, ((basis, _), sums) in enumerate(zip(work, found, strict=True)):
-        basis.take_in(sums, counts[number], made.get(number), step)
+    counts = [s.count for s in found if isinstance(s.count, Tensor)]
+    values = counts + [ok.to(torch.float64) for ok in verdicts]
+    return Outcome(found, candidates, torch.cat(values) if values else None)
 
 
-def sketch_pending(work: Sequence[tuple[Renewable, Pending]]) -> None:
+def sketch_pending(work: Work) -> None:
     """Turn rows put aside into sketches, bases of equal shape together."""
     groups: dict[tuple[Any, ...], list[tuple[Renewable, Pending]]] = {}
     for basis, pending in work:
@@ -141,7 +176,7 @@ def _max_numel(device: torch.device) -> int:
     return MAX_GROUP_NUMEL if device.type == "cpu" else GPU_GROUPS * MAX_GROUP_NUMEL
 
 
-def _sketch_group(group: Sequence[tuple[Renewable, Pending]]) -> None:
+def _sketch_group(group: Work) -> None:
     """Sketch the rows of bases of equal shape, and let go of them."""
     basis, num_bases = group[0][0], len(group)
     num_features, num_columns = basis.features.local_size, basis.state.num_sketch_columns
@@ -196,7 +231,7 @@ def _added(sums: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return z, gram
 
 
-def _sum_over_shards(work: Sequence[tuple[Renewable, Pending]]) -> None:
+def _sum_over_shards(work: Work) -> None:
     """Add what other ranks of the same microbatch or weight have, one message per set of ranks."""
     by_axis: dict[Axis, list[Sketch]] = {}
     for _, pending in work:
@@ -220,8 +255,8 @@ def _sum_in_one_message(sketches: Sequence[Sketch], total: Callable[[Tensor], Te
 
 def _warm_candidates(
     bases: Sequence[Renewable], found: Sequence[Sketch]
-) -> tuple[dict[int, tuple[Tensor, Tensor]], list[Tensor]]:
-    """Return V [K, q] and energies [q] that every warm basis would have, by number, and which may be used.
+) -> tuple[list[tuple[list[int], Tensor]], list[Tensor]]:
+    """Return the V [G, K, q] that warm bases would have, with their numbers, and which may be used.
 
     The verdicts are bool tensors on the device, together as many numbers as there are candidates, in their
     order.
@@ -232,7 +267,7 @@ def _warm_candidates(
         if state.phase == "warm" and not basis.ordered:
             kind = (state.v.device, state.v.shape, state.rank, basis.features)
             groups.setdefault(kind, []).append(number)
-    candidates: dict[int, tuple[Tensor, Tensor]] = {}
+    candidates: list[tuple[list[int], Tensor]] = []
     verdicts = []
     for batch in _batches(groups):
         sums = [_whole_sums([(bases[number].state, found[number]) for number in members], features)
@@ -242,8 +277,7 @@ def _warm_candidates(
         for ((device, shape, rank, features), members), v_GKr in zip(batch, new, strict=True):
             v_GKq = torch.zeros(len(members), features.size, shape[1], dtype=torch.bfloat16, device=device)
             v_GKq[:, :, :rank] = v_GKr
-            energies = torch.zeros(len(members), shape[1], dtype=torch.float64, device=device)
-            candidates.update(zip(members, zip(v_GKq.unbind(), energies.unbind(), strict=True), strict=True))
+            candidates.append((members, v_GKq))
     return candidates, verdicts
 
 
@@ -276,12 +310,11 @@ def _whole_sums(sums: Sequence[tuple[algebra.BasisState, Sketch]], features: Axi
     return features.gather_rows(z_GKr.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
 
 
-def _read(found: Sequence[Sketch], verdicts: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
+def _read(outcome: Outcome) -> tuple[list[int], list[bool]]:
     """Return the number of rows of every sketch and all verdicts; the host waits here, once."""
-    counts = [s.count for s in found]
+    counts = [s.count for s in outcome.found]
     unknown = [number for number, count in enumerate(counts) if isinstance(count, Tensor)]
-    tensors = [counts[number] for number in unknown] + [ok.to(torch.float64) for ok in verdicts]
-    values = torch.cat(tensors).tolist() if tensors else []
+    values = [] if outcome.values is None else outcome.values.tolist()
     for number, value in zip(unknown, values, strict=False):
         counts[number] = round(value)
     return counts, [bool(value) for value in values[len(unknown) :]]

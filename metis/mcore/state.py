@@ -11,6 +11,7 @@ from torch import nn
 from metis.config import Recipe
 from metis.mcore.linear import MetisColumnParallelLinear, MetisRowParallelLinear
 from metis.nn import advance_bases
+from metis.renewal import Compute
 
 RecipeLinear = MetisColumnParallelLinear | MetisRowParallelLinear
 
@@ -31,14 +32,16 @@ def num_basis_bytes(model_chunks: Iterable[nn.Module]) -> int:
     return sum(tensor.nbytes for state in states for tensor in (state.v, state.z, state.gram))
 
 
-def advance_model_bases(model_chunks: Iterable[nn.Module], step: int, token_group: Any) -> None:
+def advance_model_bases(
+    model_chunks: Iterable[nn.Module], step: int, token_group: Any, compute: Compute | None = None
+) -> None:
     """Renew every basis of this rank from the sketches of optimizer step `step`.
 
-    token_group: the data- and context-parallel ranks that saw the other tokens of the step.
+    token_group: the data- and context-parallel ranks that saw the other tokens of the step. compute: as
+    `metis.renewal.renew_bases` takes it.
     """
-    advance_bases(
-        [(linear.core, linear.weight) for linear in recipe_linears(model_chunks)], step, token_group
-    )
+    linears = [(linear.core, linear.weight) for linear in recipe_linears(model_chunks)]
+    advance_bases(linears, step, token_group, compute)
 
 
 def set_model_recipes(model_chunks: Iterable[nn.Module], recipes: Mapping[str, Recipe]) -> None:

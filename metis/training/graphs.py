@@ -45,6 +45,7 @@ from metis.mcore.state import recipe_linears
 from metis.renewal import Pending
 from metis.training.batches import batch_on_this_cp_rank
 from metis.training.initialize import at_shut_down
+from metis.training.renewal_graph import RenewalGraph, capture_error
 
 IS_LOCAL = "is_local"
 """Field of a batch that holds this context-parallel rank's part already."""
@@ -103,7 +104,7 @@ class StepGraphs:
     """Runs the passes of training steps, by graphs once they are warm.
 
     run: the schedule as it is without graphs. num_warmup_steps: steps of this process that run so whatever
-    they are.
+    they are. renewals: what computes bases after a step, in a graph of its own.
     """
 
     args: Namespace
@@ -111,6 +112,7 @@ class StepGraphs:
     clock: TrainingClock
     run: Schedule
     num_warmup_steps: int
+    renewals: RenewalGraph = field(init=False)
     _kinds: dict[tuple[Any, ...], _Captured | None] = field(default_factory=dict)
     _staged: dict[tuple[Any, ...], _Staged] = field(default_factory=dict)
     _owners: tuple[Any, ...] = ()
@@ -128,6 +130,7 @@ class StepGraphs:
                     "must be none where every tensor-parallel rank renews bases of its own (basis.tp_mode: "
                     "local), in steps of its own",
                 )
+        self.renewals = RenewalGraph(self._its_pool, self._lasting_rows)
         at_shut_down(self.release)
 
     def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
@@ -148,6 +151,7 @@ class StepGraphs:
 
     def release(self) -> None:
         """Let go of all graphs, whoever still holds what they left behind; before communicators go."""
+        self.renewals.release()
         for captured in self._kinds.values():
             if captured is not None:
                 captured.graph.reset()
@@ -163,6 +167,7 @@ class StepGraphs:
         if oldest is not None:
             oldest.graph.reset()
         if not any(self._kinds.values()):
+            self.renewals.release()
             self._pool = None
 
     def _kind(self, batches: list[Batch]) -> tuple[Any, ...]:
@@ -199,10 +204,19 @@ class StepGraphs:
         staged.fill(batches, [int(batch["first_sample"]) // size for batch in batches], self.clock.step)
         return staged
 
-    def _capture(self, staged: _Staged) -> _Captured:
-        watch = self.clock.watch
+    def _its_pool(self) -> Any:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def _lasting_rows(self) -> Iterator[Tensor]:
+        """Yield rows for sketches that replays write again where they lie."""
+        for captured in self._kinds.values():
+            for _, pending in [] if captured is None else captured.pending:
+                yield from pending.rows
+
+    def _capture(self, staged: _Staged) -> _Captured:
+        watch = self.clock.watch
         bases = [b for linear in recipe_linears(self.model) for _, b in linear.core.own_bases()]
         for basis in bases:
             basis.take_pending()
@@ -215,7 +229,7 @@ class StepGraphs:
                 _quiet_engine(),
                 torch.cuda.graph(
                     graph,
-                    pool=self._pool,
+                    pool=self._its_pool(),
                     stream=torch.cuda.current_stream(),
                     capture_error_mode="thread_local",
                 ),
@@ -223,12 +237,7 @@ class StepGraphs:
                 reports = self.run(iter(staged.batches), len(staged.batches))
                 amaxes = watch.take_noted()
         except RuntimeError as error:
-            failure = ConfigError(
-                "--cuda-graph-impl",
-                f"must be none for this run: a step cannot be captured ({_first_line(error)})",
-            )
-            failure.found_by_one_rank = True  # out of memory, for one
-            raise failure from error
+            raise capture_error("a step", error) from error
         pending = [(basis, left) for basis in bases if (left := basis.take_pending()) is not None]
         captured = _Captured(graph, reports, amaxes, pending)
         watch.put_back(before)
@@ -240,13 +249,6 @@ class StepGraphs:
         for basis, left in captured.pending:
             basis.put_aside(left)
         return captured.reports
-
-
-def _first_line(error: BaseException) -> str:
-    """Return what went wrong first; the end of a capture that has failed fails too."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

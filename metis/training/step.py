@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from metis.clock import TrainingClock
 from metis.mcore.penalties import add_weight_penalties
 from metis.mcore.state import advance_model_bases, recipe_linears
+from metis.renewal import Compute
 from metis.schedule import all_uses
 from metis.training.graphs import POSITION_WORDS, Schedule, StepGraphs, on_this_rank
 from metis.training.model import recipes_by_phase
@@ -101,10 +102,10 @@ class StepRunner:
             args.nonfinite_operands, model, clock, check_gradients, engine_may_check=not is_graphed
         )
         self._launched = self._passes = partial(self._run_schedule, forward_only=False)
+        self._renew: Compute | None = None
         if is_graphed:
-            self._passes = self._timed(
-                StepGraphs(args, model, clock, self._launched, args.cuda_graph_warmup_steps)
-            )
+            graphs = StepGraphs(args, model, clock, self._launched, args.cuda_graph_warmup_steps)
+            self._passes, self._renew = self._timed(graphs), graphs.renewals
             self._launched = self._timed(self._launched)
         self.quantization = QuantizationLog(args.log_quantization_interval, model, clock)
 
@@ -186,9 +187,8 @@ class StepRunner:
             # The bases of the weights are renewed now, and this rank has updated its own part only so far.
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
-        advance_model_bases(
-            self.model, iteration, parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
+        token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        advance_model_bases(self.model, iteration, token_group, self._renew)
         if applied:
             self.scheduler.step(increment=batch_size)
         if args.empty_unused_memory_level >= 2 and args.device == "cuda":
