@@ -89,6 +89,8 @@ def split(
             f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
             f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
         )
+    if not features.is_sharded and kernels.can_split(x, v, factor, total):
+        return kernels.split(x, v, total, features.parts, beside, factor)
     partials = kernels.project(x, v, total // features.num_shards, features.parts)
     if features.is_sharded:
         partials = features.gather_stacked(kernels.fold(partials, dtype=torch.float32))

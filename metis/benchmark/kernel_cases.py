@@ -114,7 +114,8 @@ def kernel_cases(rows: int, cols: int, device: torch.device, *, tiles: bool = Fa
     reason = reason_unavailable(device)
     if reason is not None:
         return [copy, KernelCase(name="Triton kernels", num_bytes=4 * rows * cols, reason=reason)]
-    cases = [copy, *_quantizing(inputs), *_pairs(inputs), *_packing(inputs), *_splitting(inputs)]
+    cases = [copy, *_quantizing(inputs), *_pairs(inputs), *_packing(inputs), *_splitting(inputs),
+             *_splitting_at_once(inputs)]  # fmt: skip
     return [*cases, *_tiles(inputs), *_split_shapes(inputs)] if tiles else cases
 
 
@@ -237,6 +238,24 @@ def _splitting(inputs: _Inputs) -> Iterator[KernelCase]:
     yield KernelCase(
         name=f"residual, amax and R V, rank {rank}", num_bytes=4 * n + 2 * thin_bytes, reference=ROWS_RNE,
         call=lambda i: kernels.fold(kernels.residual(xs[i], p, v, largest, v)[1]),
+    )  # fmt: skip
+
+
+def _splitting_at_once(inputs: _Inputs) -> Iterator[KernelCase]:
+    """Yield the split in one launch, which the linear takes where there are enough rows."""
+    xs, n = inputs.xs, inputs.n
+    rows, cols = xs[0].shape
+    rank = min(recipe_rank(cols), cols)
+    v = torch.linalg.qr(torch.randn(cols, rank)).Q.contiguous().to(xs[0])
+    chunks = num_chunks_for(cols)
+    thin_bytes = 2 * rank * (rows + cols)
+    yield KernelCase(
+        name=f"split in one launch, rank {rank}", num_bytes=4 * n + thin_bytes, reference=ROWS_RNE,
+        call=lambda i: kernels.split(xs[i], v, chunks),
+    )  # fmt: skip
+    yield KernelCase(
+        name=f"split in one launch with R V, rank {rank}", num_bytes=4 * n + 2 * thin_bytes,
+        reference=ROWS_RNE, call=lambda i: kernels.split(xs[i], v, chunks, factor=v),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ random words come from the counters of `metis.rng`, and tests compare bytes.
     quantize_nvfp4, quantize_mxfp4    packed codes and scales, and/or the decoded bf16 operand
     amax_both                         of a matrix and of its rotated transpose, in one read
     project, fold, residual           P = x V in canonical chunks, R = x - P V^T (own bits, see projection.py)
+    split                             the three in one launch, for many rows
     decode_operand, dequantize        bytes back to numbers
     place                             thin factors of a product beside its operands
     gemm_scales                       what multiplies an NVFP4 product, and its inverse
@@ -41,6 +42,8 @@ _HOMES = {
     "quantize_nvfp4": "nvfp4",
     "residual": "projection",
     "rotate": "rotation",
+    "can_split": "splitting",
+    "split": "splitting",
 }
 
 __all__ = [*_HOMES]

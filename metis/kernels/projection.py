@@ -85,6 +85,42 @@ def _widened(raw, IS_BF16: tl.constexpr):
 
 
 @triton.jit
+def project_chunk(
+    x,
+    v,
+    index,
+    row_mask,
+    stride_r,
+    stride_v,
+    rank,
+    width,
+    chunk,
+    num_parts,
+    IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return x V over chunk `index` of every part, fp32 [BLOCK_R, RANK]; x begins at the tile's first row."""
+    rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    for part in range(num_parts):
+        first = part * width + index * chunk
+        for start in range(0, chunk, BLOCK_K):
+            mask = start + block < chunk
+            tile = _load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
+                                 row_mask & mask[None, :], IS_BF16, NATIVE, EVEN)  # fmt: skip
+            basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
+                                  block[:, None] * stride_v + columns[None, :],
+                                  mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
+                                  EVEN)  # fmt: skip
+            total = tl.dot(tile, basis, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _project_kernel(
     x,
     v,
@@ -103,23 +139,13 @@ def _project_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    rows, columns = tl.arange(0, BLOCK_R), tl.arange(0, RANK)
     row_start = tl.program_id(0) * BLOCK_R
     row_mask = (row_start + rows < num_rows)[:, None]
     # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
     x += row_start.to(tl.int64) * stride_r
-    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
-    for part in range(num_parts):
-        first = part * width + tl.program_id(1) * chunk
-        for start in range(0, chunk, BLOCK_K):
-            mask = start + block < chunk
-            tile = _load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
-                                 row_mask & mask[None, :], IS_BF16, NATIVE, EVEN)  # fmt: skip
-            basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
-                                  block[:, None] * stride_v + columns[None, :],
-                                  mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
-                                  EVEN)  # fmt: skip
-            total = tl.dot(tile, basis, total, input_precision="ieee")
+    total = project_chunk(x, v, tl.program_id(1), row_mask, stride_r, stride_v, rank, width, chunk, num_parts,
+                          IS_BF16, NATIVE, EVEN, RANK, BLOCK_R, BLOCK_K)  # fmt: skip
     partials += tl.program_id(1).to(tl.int64) * num_rows * rank + row_start.to(tl.int64) * rank
     tl.store(partials + rows[:, None] * rank + columns[None, :], total,
              mask=row_mask & (columns < rank)[None, :])  # fmt: skip
@@ -169,15 +195,15 @@ def _fold_kernel(
 
 
 @triton.jit
-def _residual_kernel(
+def subtract_head(
     x,
-    p,
     v,
     f,
     residual,
-    amax,
-    partials,
-    num_rows,
+    coefficients,
+    begin,
+    end,
+    row_mask,
     num_features,
     stride_r,
     stride_v,
@@ -189,29 +215,20 @@ def _residual_kernel(
     EVEN: tl.constexpr,
     RANK: tl.constexpr,
     NUM_F: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Write R = x - P V^T for features [begin, end); return its largest magnitudes and the sum of R F.
+
+    x, residual: begin at the tile's first row. coefficients: P [BLOCK_R, RANK] as a dot reads it. Returns
+    int32 [BLOCK_R, 8], bits of magnitudes, and fp32 [BLOCK_R, NUM_F] (nothing for NUM_F = 0).
+    """
     rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
-    row_start = tl.program_id(0) * BLOCK_R
-    row_mask = (row_start + rows < num_rows)[:, None]
-    # Whole tiles, as evenly over the programs as they go.
-    num_tiles = tl.cdiv(num_features, BLOCK_K)
-    begin = (tl.program_id(1) * num_tiles // NUM_CHUNKS) * BLOCK_K
-    end = ((tl.program_id(1) + 1) * num_tiles // NUM_CHUNKS) * BLOCK_K
-    # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
-    x += row_start.to(tl.int64) * stride_r
-    residual += row_start.to(tl.int64) * num_features
     x_offsets = rows[:, None] * stride_r + block[None, :]
     out_offsets = rows[:, None] * num_features + block[None, :]
-    coefficients = _load_operand(p + row_start.to(tl.int64) * rank, rows[:, None] * rank + columns[None, :],
-                                 row_mask & (columns < rank)[None, :], True, NATIVE and IS_BF16,
-                                 EVEN)  # fmt: skip
     largest = tl.zeros([BLOCK_R, 8], dtype=tl.int32)
-    if NUM_F > 0:
-        f_columns = tl.arange(0, NUM_F)
-        total = tl.zeros([BLOCK_R, NUM_F], dtype=tl.float32)
+    f_columns = tl.arange(0, NUM_F if NUM_F > 0 else 1)
+    total = tl.zeros([BLOCK_R, NUM_F if NUM_F > 0 else 1], dtype=tl.float32)
     # Without a second product the compiler does not read ahead, so one tile is read ahead here.
     if NUM_F == 0:
         inside = begin + block < num_features
@@ -257,9 +274,54 @@ def _residual_kernel(
                 total = tl.dot(exact_bf16_bits(left).to(tl.bfloat16, bitcast=True), factor, total)
             else:
                 total = tl.dot(left, factor, total, input_precision="ieee")
+    return largest, total
+
+
+@triton.jit
+def _residual_kernel(
+    x,
+    p,
+    v,
+    f,
+    residual,
+    amax,
+    partials,
+    num_rows,
+    num_features,
+    stride_r,
+    stride_v,
+    stride_f,
+    rank,
+    num_f,
+    IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_F: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows, columns = tl.arange(0, BLOCK_R), tl.arange(0, RANK)
+    row_start = tl.program_id(0) * BLOCK_R
+    row_mask = (row_start + rows < num_rows)[:, None]
+    # Whole tiles, as evenly over the programs as they go.
+    num_tiles = tl.cdiv(num_features, BLOCK_K)
+    begin = (tl.program_id(1) * num_tiles // NUM_CHUNKS) * BLOCK_K
+    end = ((tl.program_id(1) + 1) * num_tiles // NUM_CHUNKS) * BLOCK_K
+    # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
+    x += row_start.to(tl.int64) * stride_r
+    residual += row_start.to(tl.int64) * num_features
+    coefficients = _load_operand(p + row_start.to(tl.int64) * rank, rows[:, None] * rank + columns[None, :],
+                                 row_mask & (columns < rank)[None, :], True, NATIVE and IS_BF16,
+                                 EVEN)  # fmt: skip
+    largest, total = subtract_head(x, v, f, residual, coefficients, begin, end, row_mask, num_features,
+                                   stride_r, stride_v, stride_f, rank, num_f, IS_BF16, NATIVE, EVEN, RANK,
+                                   NUM_F, BLOCK_R, BLOCK_K)  # fmt: skip
     result = tl.max(tl.max(largest, axis=1), axis=0)
     tl.atomic_max(as_int_pointer(amax), tl.where(result > EXPONENT_BITS, QUIET_NAN_BITS, result))
     if NUM_F > 0:
+        f_columns = tl.arange(0, NUM_F)
         partials += tl.program_id(1).to(tl.int64) * num_rows * num_f + row_start.to(tl.int64) * num_f
         tl.store(partials + rows[:, None] * num_f + f_columns[None, :], total,
                  mask=row_mask & (f_columns < num_f)[None, :])  # fmt: skip
@@ -288,7 +350,7 @@ def project(x: Tensor, v: Tensor, num_chunks: int, parts: int = 1, shape: Shape 
 def _prepare_projection(
     key: Key, x: Tensor, v: Tensor, num_chunks: int, parts: int, shape: Shape
 ) -> Prepared:
-    _require_factors("project", x, v)
+    require_factors("project", x, v)
     num_rows, num_features = x.shape
     width = num_features // parts
     if num_features % parts or width % num_chunks:
@@ -297,11 +359,11 @@ def _prepare_projection(
         )
     rank, chunk = v.shape[1], width // num_chunks
     block_rows, block_features, num_warps, num_stages, maxnreg = shape
-    is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == _padded(rank)
+    is_even = num_rows % block_rows == 0 and chunk % block_features == 0 and rank == padded(rank)
     return _projections.prepare(
         key, (ceil_div(num_rows, block_rows), num_chunks),
         (num_rows, x.stride(0), v.stride(0), rank, width, chunk, parts),
-        (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), block_rows, block_features),
+        (x.dtype == torch.bfloat16, is_native(x), is_even, padded(rank), block_rows, block_features),
         num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
     )  # fmt: skip
 
@@ -389,7 +451,7 @@ def _num_residual_chunks(num_features: int, shape: Shape) -> int:
 def _prepare_residual(
     key: Key, x: Tensor, p: Tensor, v: Tensor, factor: Tensor | None, shape: Shape
 ) -> Prepared:
-    _require_factors("residual", x, v)
+    require_factors("residual", x, v)
     num_rows, num_features = x.shape
     if p.shape != (num_rows, v.shape[1]) or not p.is_contiguous() or p.dtype != torch.bfloat16:
         raise ShapeError(
@@ -397,28 +459,29 @@ def _prepare_residual(
             f"needs p bf16 [{num_rows}, {v.shape[1]}] contiguous, received {tuple(p.shape)} {p.dtype}",
         )
     if factor is not None:
-        _require_factors("residual", x, factor)
+        require_factors("residual", x, factor)
     rank, num_f = v.shape[1], 0 if factor is None else factor.shape[1]
     block_rows, block_features, num_warps, num_stages, maxnreg = shape
     num_chunks = _num_residual_chunks(num_features, shape)
     is_even = num_rows % block_rows == 0 and num_features % block_features == 0
-    is_even = is_even and rank == _padded(rank) and num_f == _padded(num_f)
+    is_even = is_even and rank == padded(rank) and num_f == padded(num_f)
     stride_f = 0 if factor is None else factor.stride(0)
     return _residuals.prepare(
         key, (ceil_div(num_rows, block_rows), num_chunks),
         (num_rows, num_features, x.stride(0), v.stride(0), stride_f, rank, num_f),
-        (x.dtype == torch.bfloat16, is_native(x), is_even, _padded(rank), _padded(num_f), num_chunks,
+        (x.dtype == torch.bfloat16, is_native(x), is_even, padded(rank), padded(num_f), num_chunks,
          block_rows, block_features),
         num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
     )  # fmt: skip
 
 
-def _padded(rank: int) -> int:
+def padded(rank: int) -> int:
     """Return the columns that a dot works on, 0 for none."""
     return 0 if rank == 0 else max(_MIN_DOT, next_power_of_two(rank))
 
 
-def _require_factors(where: str, x: Tensor, v: Tensor) -> None:
+def require_factors(where: str, x: Tensor, v: Tensor) -> None:
+    """Refuse a matrix and a factor of its features that kernels here cannot read."""
     require_device(where, x.device)
     if x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float32) or x.stride(1) != 1:
         raise ShapeError(

@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from kernel_code import Compiler, HopperDriver, compile_for_hardware
 
-from metis.kernels import arguments, projection
+from metis.kernels import arguments, projection, splitting
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
 _UNIFORM = re.compile(r"gdesc\[UR(\d+)\]|UR(\d+)")
 _STORES = ("ST", "RED", "ATOM")
 
-SHORT = ((16384, 768, 16, 32), (16384, 768, 32, 16), (8192, 4096, 64, 64), (300, 200, 5, 7))
+SHORT = ((16384, 768, 16, 32), (16384, 768, 32, 16), (16384, 4096, 64, 64), (300, 200, 5, 7))
 """Tokens, features, columns of V, columns of F."""
 
 
@@ -89,10 +89,14 @@ def launches(full: bool) -> Iterator[tuple[str, Callable[[], object]]]:
             seen.add(size)
             yield f"project {size}", lambda x=x, v=v: projection.project(x, v, 8)
             yield f"residual {size}", lambda x=x, p=p, v=v, a=amax: projection.residual(x, p, v, a)
+            if splitting.can_split(x, v, None, 8):
+                yield f"split {size}", lambda x=x, v=v: splitting.split(x, v, 8)
         yield (
             f"residual {size}, F of {width}",
             lambda x=x, p=p, v=v, a=amax, f=f: projection.residual(x, p, v, a, f),
         )
+        if splitting.can_split(x, v, f, 8):
+            yield f"split {size}, F of {width}", lambda x=x, v=v, f=f: splitting.split(x, v, 8, 1, None, f)
 
 
 def main() -> int:

@@ -32,6 +32,7 @@ from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.functional import quantized_linear as definition
 from metis.fused_linear import WeightCache, is_fusable, quantized_linear
 from metis.gemm import EmulatedGemm
+from metis.kernels import splitting
 from metis.nn import MetisLinear
 from metis.operand import Axis, EncodedMatrix, encode, merged
 from metis.quantize import QuantizedTensor, gemm_alpha
@@ -468,6 +469,31 @@ def test_merged_and_other_heads_do_not_mix_on_kernels() -> None:
     assert is_fusable(recipe, IN_FEATURES, OUT_FEATURES)
     assert not is_fusable(_split(recipe, "weight"), IN_FEATURES, OUT_FEATURES)
     assert not is_fusable(_split(RECIPES["nvfp4_4over6"], "weight", **_MERGED), IN_FEATURES, OUT_FEATURES)
+
+
+@named([RECIPES["metis"], RECIPES["metis_merged"], SPLIT[1], PACKED[3]])
+def test_splitting_in_one_launch_changes_no_bit_of_p_r_and_codes(
+    recipe: Recipe, seen: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w, g = tensors()
+    results, plans, launches = [], [], []
+    original = splitting.split
+    for min_rows in (splitting.MIN_ROWS, 1):
+        monkeypatch.setattr(splitting, "MIN_ROWS", min_rows)
+        monkeypatch.setattr(
+            fused_operand.kernels, "split", lambda *a, **o: (launches.append(1), original(*a, **o))[1]
+        )
+        plans.append(plan_of(recipe))
+        results.append(run(quantized_linear, plans[-1], x, w, g))
+        assert len(launches) == (0 if min_rows > 1 else 3)
+    for operand in EVERYTHING:
+        for a, b in zip(*(seen.split_of(plan, operand) for plan in plans), strict=True):  # type: ignore[arg-type]
+            assert torch.equal(a, b), operand
+    for name, found in seen.cells(plans[0]).items():
+        for a, b in zip(found, seen.cells(plans[1])[name], strict=True):
+            assert torch.equal(a, b), name
+    for name, a, b in zip(("y", "dx", "dw"), *results, strict=True):
+        assert difference(a, b) < SUM_TOLERANCE[name], name
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "metis", "metis_merged"])

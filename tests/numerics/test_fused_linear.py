@@ -24,6 +24,7 @@ MINIMAL_CASES = {
     "test_the_named_recipes_that_run_here_are_known": 1,
     "test_without_a_split_results_are_those_of_the_definition": 12,
     "test_with_a_split_every_term_is_there": 13,
+    "test_splitting_in_one_launch_changes_no_bit_of_p_r_and_codes": 4,
     "test_merged_heads_leave_one_product_of_plain_matrices": 3,
     "test_merged_and_other_heads_do_not_mix_on_kernels": 1,
     "test_a_weight_kept_as_codes_changes_no_bit_and_takes_less_memory": 9,

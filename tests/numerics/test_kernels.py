@@ -41,6 +41,7 @@ MINIMAL_CHECKS = {
     "amax both": 60,
     "decoding": 30,
     "added heads": 250,
+    "split": 140,
     "large": 9,
 }
 """Comparisons per group: fewer means that a group lost inputs."""
