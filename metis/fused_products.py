@@ -41,7 +41,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metis.config import QuantizerConfig
 from metis.encoded_weight import EncodedWeight
 from metis.functional import LinearPlan, as_placeholder
 from metis.fused import scale_target
@@ -189,27 +188,27 @@ def _merged_fprop(
 
 @dataclass(slots=True)
 class _Gradient:
-    """g of a backward pass: split, quantised for both products, whole again where it came as a shard.
+    """g as the products read it, of the tokens held here; complete for dgrad, prepared for wgrad.
 
-    g: what arrived, [m, N]. v: its basis in use. p: of all tokens, [M, r_g]. left: dgrad's operand [M, N +
-    r_g + r_w]. right: the weight beside it, [N + r_g + r_w, K]. for_wgrad: wgrad's [M + r_g + r_x, N],
-    whose thin rows are still open. scales: of both products.
+    v, p: of a head that enters products by itself; p of all tokens once wgrad's copy is written. residual,
+    amax: what wgrad's copy is made of (amax over all ranks). left, right, scales: dgrad's operands [M, N +
+    r_g + r_w] and [N + r_g + r_w, K], and its scales.
     """
 
     g: Tensor
     v: Tensor | None = None
     p: Tensor | None = None
+    residual: Tensor | None = None
+    amax: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
-    for_wgrad: Tensor | None = None
-    dgrad_scales: ProductScales = field(default_factory=ProductScales)
-    wgrad_scales: ProductScales = field(default_factory=ProductScales)
+    scales: ProductScales = field(default_factory=ProductScales)
 
 
 def _open_gradient(
-    g: Tensor, encoded: EncodedWeight, plan: LinearPlan, needs: tuple[bool, bool], x: SavedInput
+    g: Tensor, encoded: EncodedWeight, plan: LinearPlan, needs: tuple[bool, bool]
 ) -> _Gradient:
-    """Split g and write both copies; dgrad's operands are complete then."""
+    """Split g and write dgrad's operands."""
     recipe, shards, opened = plan.recipe, shards_of(plan, "grad_output"), _Gradient(g)
     names = "dgrad_grad_output", "wgrad_grad_output"
     dgrad, wgrad = (
@@ -220,91 +219,43 @@ def _open_gradient(
     num_here, num_out = g.shape
     num_tokens = num_here if shards is None else num_here * shards.num_shards
     its_cell = names[0] if dgrad is not None else names[1]
-    if is_merged(plan, its_cell):
-        return _open_merged_gradient(opened, encoded, plan, (dgrad, wgrad), x)
-    opened.v = v_g = basis_of(plan, its_cell)
+    basis, merges = basis_of(plan, its_cell), is_merged(plan, its_cell)
+    opened.v = v_g = None if merges else basis
     u = None if dgrad is None else encoded.u
     thin = beside = amax = sums = None
-    if dgrad is not None:
+    if dgrad is not None and not merges:
         opened.left = wide(g, num_tokens, num_out + width_of(v_g) + width_of(u))
         thin = thin_columns(opened.left, num_out, shards)
         beside = thin[:, : width_of(v_g)]
     residual = g
-    if v_g is not None:
-        opened.p, amax, residual, sums = split(g, v_g, plan.out_features, plan, beside=beside, factor=u)
+    if basis is not None:
+        p, amax, residual, sums = split(g, basis, plan.out_features, plan, beside=beside, factor=u)
+        opened.p = None if merges else p
     elif u is not None:
         sums = thin_sums(g, u)
     used = amaxes(residual, plan, names, (dgrad, wgrad), amax)
-    if dgrad is not None:
-        assert thin is not None and opened.left is not None and recipe.dgrad_weight.quantizer is not None
-        assert encoded.dgrad is not None
-        quantizers = dgrad, recipe.dgrad_weight.quantizer
-        opened.right, factors = encoded.dgrad.open()
-        opened.dgrad_scales = scales = product_scales(
-            quantizers,
-            (used[0], encoded.dgrad.amax),
-            thin.shape[1] > 0,
-            (False, encoded.dgrad.is_merged),
-        )
+    opened.residual, opened.amax = residual, used[1]
+    if dgrad is None:
+        return opened
+    assert encoded.dgrad is not None and recipe.dgrad_weight.quantizer is not None
+    opened.right, factors = encoded.dgrad.open()
+    has_thin = thin is not None and thin.shape[1] > 0
+    opened.scales = product_scales(
+        (dgrad, recipe.dgrad_weight.quantizer),
+        (used[0], encoded.dgrad.amax),
+        has_thin,
+        (merges, encoded.dgrad.is_merged),
+    )
+    if merges:
+        assert not factors
+        opened.left = all_rows(merge(g, residual, dgrad, plan, names[0], used[0]), shards)
+    else:
+        assert thin is not None and opened.left is not None
         if sums is not None:
             factors.append(Thin(sums, thin[:, width_of(v_g) :], True))
-        fill_rows(opened.left, residual, dgrad, plan, names[0], used[0], scales, thin, factors)
-        note(used[0], plan, names[0])
-        note(encoded.dgrad.amax, plan, "dgrad_weight")
-    if wgrad is not None:
-        assert recipe.wgrad_input.quantizer is not None
-        num_thin = width_of(v_g) + width_of(x.p)
-        opened.wgrad_scales = scales = product_scales(
-            (wgrad, recipe.wgrad_input.quantizer),
-            (used[1], x.amax),
-            num_thin > 0,
-            (False, is_merged(plan, "wgrad_input")),
-        )
-        opened.for_wgrad = wide(g, num_tokens + num_thin, num_out)
-        place = opened.for_wgrad[:num_tokens].t()
-        opened.p = fill_columns(place, residual, wgrad, plan, names[1], used[1], opened.p, scales)
-        note(used[1], plan, names[1])
-    return opened
-
-
-def _open_merged_gradient(
-    opened: _Gradient,
-    encoded: EncodedWeight,
-    plan: LinearPlan,
-    quantizers: tuple[QuantizerConfig | None, QuantizerConfig | None],
-    x: SavedInput,
-) -> _Gradient:
-    """Write both copies of g with its head added back."""
-    g, recipe, shards = opened.g, plan.recipe, shards_of(plan, "grad_output")
-    names = "dgrad_grad_output", "wgrad_grad_output"
-    v = basis_of(plan, names[0] if quantizers[0] is not None else names[1])
-    assert v is not None
-    _, amax, residual, _ = split(g, v, plan.out_features, plan)
-    used = amaxes(residual, plan, names, quantizers, amax)
-    dgrad, wgrad = quantizers
-    if dgrad is not None:
-        assert encoded.dgrad is not None and recipe.dgrad_weight.quantizer is not None
-        opened.left = all_rows(merge(g, residual, dgrad, plan, names[0], used[0]), shards)
-        opened.right, factors = encoded.dgrad.open()
-        assert not factors
-        opened.dgrad_scales = product_scales(
-            (dgrad, recipe.dgrad_weight.quantizer),
-            (used[0], encoded.dgrad.amax),
-            False,
-            (True, encoded.dgrad.is_merged),
-        )
-        note(used[0], plan, names[0])
-        note(encoded.dgrad.amax, plan, "dgrad_weight")
-    if wgrad is not None:
-        assert recipe.wgrad_input.quantizer is not None
-        opened.for_wgrad = all_rows(merge(g, residual, wgrad, plan, names[1], used[1]), shards)
-        opened.wgrad_scales = product_scales(
-            (wgrad, recipe.wgrad_input.quantizer),
-            (used[1], x.amax),
-            False,
-            (True, is_merged(plan, "wgrad_input")),
-        )
-        note(used[1], plan, names[1])
+        fill_rows(opened.left, residual, dgrad, plan, names[0], used[0], opened.scales, thin, factors)
+    note(used[0], plan, names[0])
+    note(encoded.dgrad.amax, plan, "dgrad_weight")
     return opened
 
 
@@ -314,7 +265,7 @@ def backward(
     """Return dx of all tokens and what stands for dw."""
     recipe, shards = plan.recipe, shards_of(plan, "grad_output")
     encoded: EncodedWeight = plan.weights.get(w, plan)
-    gradient = _open_gradient(g, encoded, plan, needs, x)
+    gradient = _open_gradient(g, encoded, plan, needs)
     if shards is not None and (
         (needs[0] and recipe.dgrad_grad_output.quantizer is None)
         or (needs[1] and recipe.wgrad_grad_output.quantizer is None)
@@ -324,9 +275,10 @@ def backward(
     if needs[0]:
         left, right, alpha = g, w, None
         if gradient.left is not None:
-            left, right, alpha = gradient.left, gradient.right, gradient.dgrad_scales.alpha  # type: ignore[assignment]
+            left, right, alpha = gradient.left, gradient.right, gradient.scales.alpha  # type: ignore[assignment]
         dx = torch.empty(left.shape[0], w.shape[1], dtype=g.dtype, device=g.device)
         scaled_product(left, right.t(), dx, alpha)
+        # As large as everything that backward keeps of this linear: gone before wgrad's are made.
         gradient.left = gradient.right = left = right = None  # type: ignore[assignment]
     if needs[1]:
         dw = _weight_gradient(g, gradient, w, x, plan)
@@ -340,19 +292,26 @@ def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, p
     main_grad: Tensor | None = getattr(w, "main_grad", None)
     out = torch.empty_like(w) if main_grad is None else main_grad
     accumulate = main_grad is not None
-    left, p = gradient.for_wgrad, gradient.p
-    if left is None:
-        shards = shards_of(plan, "input")
+    alpha = None
+    if plan.recipe.wgrad_grad_output.quantizer is None:
         assert x.residual is not None
-        scaled_product(g.t(), all_rows(x.residual, shards).t(), out, None, accumulate)
-        return as_placeholder(w) if accumulate else out
+        left, right = g, all_rows(x.residual, shards_of(plan, "input"))
+    else:
+        left, right, alpha = _wgrad_operands(gradient, w, x, plan)
+    scaled_product(left.t(), right.t(), out, alpha, accumulate)
+    return as_placeholder(w) if accumulate else out
+
+
+def _wgrad_operands(
+    gradient: _Gradient, w: Tensor, x: SavedInput, plan: LinearPlan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return wgrad's operands, [M + r_g + r_x, N] and [M + r_g + r_x, K], and alpha."""
+    left, p, scales = _wgrad_gradient(gradient, x, plan)
     if is_merged(plan, "wgrad_input"):
         assert x.residual is not None and p is None
         note(x.amax, plan, "wgrad_input")
-        right = all_rows(x.residual, shards_of(plan, "input"))
-        scaled_product(left.t(), right.t(), out, gradient.wgrad_scales.alpha, accumulate)
-        return as_placeholder(w) if accumulate else out
-    r_g, r_x, scales = width_of(p), width_of(x.p), gradient.wgrad_scales
+        return left, all_rows(x.residual, shards_of(plan, "input")), scales.alpha
+    r_g, r_x = width_of(p), width_of(x.p)
     num_tokens = left.shape[0] - r_g - r_x
     middle = num_tokens + r_g
     right, factors = wide(w, left.shape[0], w.shape[1]), []
@@ -368,8 +327,33 @@ def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, p
         p_x = p_x if shards is None else rows_held(p_x, shards)
         _over_tokens(left[middle:], p_x, gradient.g, scales.inverse, shards)
     place_all(factors, None)
-    scaled_product(left.t(), right.t(), out, scales.alpha, accumulate)
-    return as_placeholder(w) if accumulate else out
+    return left, right, scales.alpha
+
+
+def _wgrad_gradient(
+    gradient: _Gradient, x: SavedInput, plan: LinearPlan
+) -> tuple[Tensor, Tensor | None, ProductScales]:
+    """Write wgrad's copy of g; return it with its thin rows still open, P of all tokens, and the scales."""
+    recipe, name, shards = plan.recipe, "wgrad_grad_output", shards_of(plan, "grad_output")
+    quantizer, residual, amax = recipe.wgrad_grad_output.quantizer, gradient.residual, gradient.amax
+    assert quantizer is not None and residual is not None and recipe.wgrad_input.quantizer is not None
+    num_thin, merges = width_of(gradient.p) + width_of(x.p), is_merged(plan, name)
+    scales = product_scales(
+        (quantizer, recipe.wgrad_input.quantizer),
+        (amax, x.amax),
+        num_thin > 0,
+        (merges, is_merged(plan, "wgrad_input")),
+    )
+    note(amax, plan, name)
+    gradient.residual = None  # the last to read it
+    if merges:
+        left = all_rows(merge(gradient.g, residual, quantizer, plan, name, amax), shards)
+        return left, None, scales
+    num_here, num_out = gradient.g.shape
+    num_tokens = num_here if shards is None else num_here * shards.num_shards
+    left = wide(gradient.g, num_tokens + num_thin, num_out)
+    p = fill_columns(left[:num_tokens].t(), residual, quantizer, plan, name, amax, gradient.p, scales)
+    return left, p, scales
 
 
 def _fill_input(place: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor | None:
