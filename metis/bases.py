@@ -258,14 +258,17 @@ class OperandBasis(nn.Module):
             self._pending = None
         return pending
 
-    def take_in(self, found: Sketch, num_rows: int, made: tuple[Tensor, Tensor] | None, step: int) -> None:
+    def take_in(
+        self, found: Sketch | None, num_rows: int, made: tuple[Tensor, Tensor] | None, step: int
+    ) -> None:
         """Add a step's sketch, summed over ranks; renew the basis if enough rows have been sketched.
 
-        made: V [K, q] bf16 that a warm refresh makes of all rows sketched so far, and energies [q]; None:
-        find them.
+        found: may be None where `made` is used. made: V [K, q] bf16 that a warm refresh makes of all rows
+        sketched so far, and energies [q]; None: find them.
         """
         state = self.state
         if made is None or state.row_count + num_rows < self.num_rows_needed:
+            assert found is not None
             self.state = algebra.accumulate(state, found.z, found.gram, num_rows)
             self.refresh(step)
             return

@@ -43,6 +43,8 @@ class Renewable(Protocol):
     features: Axis
     config: BasisConfig
     state: algebra.BasisState
+    num_rows_needed: int
+    active: Tensor | None
 
     def take_pending(self) -> Any:
         """Return this step's rows and sketches, and forget them."""
@@ -94,12 +96,15 @@ Work = Sequence[tuple[Renewable, Pending]]
 class Outcome:
     """What the device makes of a step's rows, before the host has looked at anything.
 
-    found: the sketch of every basis, summed over ranks. candidates: for bases of equal shape, their numbers
-    and the V that a warm refresh would give them, [G, K, q] bf16. values: float64, unknown numbers of rows in
-    the order of `found`, then for every candidate whether it may be used; None where there is nothing to ask.
+    found: the sketch of every basis, summed over ranks; None where they have not been kept, which serves
+    while every candidate may be used. counts: rows in each sketch, None for those that only the device knows.
+    candidates: for bases of equal shape, their numbers and the V that a warm refresh would give them, [G, K,
+    q] bf16. values: float64, the unknown counts, then for every candidate whether it may be used; None where
+    there is nothing to ask.
     """
 
-    found: list[Sketch]
+    found: list[Sketch] | None
+    counts: list[int | None]
     candidates: list[tuple[list[int], Tensor]]
     values: Tensor | None
 
@@ -127,14 +132,30 @@ def renew_bases(
         return
     outcome = (compute or compute_outcome)(work, token_group)
     counts, usable = _read(outcome)
+    if outcome.found is None and not _all_are_renewed(work, counts, usable):
+        outcome = compute_outcome(work, token_group)
+        counts, usable = _read(outcome)
     made: dict[int, tuple[Tensor, Tensor]] = {}
     for members, v_GKq in outcome.candidates:
         shape = (len(members), v_GKq.shape[2])
         energies = torch.zeros(shape, dtype=torch.float64, device=v_GKq.device)
         made.update(zip(members, zip(v_GKq.unbind(), energies.unbind(), strict=True), strict=True))
     made = {number: made[number] for number, ok in zip(list(made), usable, strict=True) if ok}
-    for number, ((basis, _), sums) in enumerate(zip(work, outcome.found, strict=True)):
+    for number, (basis, _) in enumerate(work):
+        sums = None if outcome.found is None else outcome.found[number]
         basis.take_in(sums, counts[number], made.get(number), step)
+
+
+def _all_are_renewed(work: Work, counts: Sequence[int], usable: Sequence[bool]) -> bool:
+    """Whether every basis has a candidate that may be used, of rows enough."""
+    return (
+        len(usable) == len(work)
+        and all(usable)
+        and all(
+            basis.state.row_count + count >= basis.num_rows_needed
+            for (basis, _), count in zip(work, counts, strict=True)
+        )
+    )
 
 
 def compute_outcome(work: Work, token_group: Any = None) -> Outcome:
@@ -151,9 +172,10 @@ def compute_outcome(work: Work, token_group: Any = None) -> Outcome:
 
         _sum_in_one_message(of_tokens, total)
     candidates, verdicts = _warm_candidates([basis for basis, _ in work], found)
-    counts = [s.count for s in found if isinstance(s.count, Tensor)]
-    values = counts + [ok.to(torch.float64) for ok in verdicts]
-    return Outcome(found, candidates, torch.cat(values) if values else None)
+    values = [s.count for s in found if isinstance(s.count, Tensor)]
+    values += [ok.to(torch.float64) for ok in verdicts]
+    counts = [None if isinstance(s.count, Tensor) else s.count for s in found]
+    return Outcome(found, counts, candidates, torch.cat(values) if values else None)
 
 
 def sketch_pending(work: Work) -> None:
@@ -312,9 +334,6 @@ def _whole_sums(sums: Sequence[tuple[algebra.BasisState, Sketch]], features: Axi
 
 def _read(outcome: Outcome) -> tuple[list[int], list[bool]]:
     """Return the number of rows of every sketch and all verdicts; the host waits here, once."""
-    counts = [s.count for s in outcome.found]
-    unknown = [number for number, count in enumerate(counts) if isinstance(count, Tensor)]
-    values = [] if outcome.values is None else outcome.values.tolist()
-    for number, value in zip(unknown, values, strict=False):
-        counts[number] = round(value)
-    return counts, [bool(value) for value in values[len(unknown) :]]
+    values = iter([] if outcome.values is None else outcome.values.tolist())
+    counts = [round(next(values)) if count is None else count for count in outcome.counts]
+    return counts, [bool(value) for value in values]

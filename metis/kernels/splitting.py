@@ -9,14 +9,12 @@ Only for many rows: each program does a tile of them from one end to the other, 
 than multiprocessors (`MIN_ROWS`).
 
 Trap: the largest magnitude of all rows is found by the program that comes last, from a scratch number that
-every launch finds zero and leaves zero. So launches on one device must not overlap.
+every launch finds zero and leaves zero; there is one for each stream.
 
 Shape letters: M rows, K features, r columns of V, q columns of F, C chunks (up to 8).
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import triton
@@ -30,14 +28,14 @@ from metis.kernels.launching import Key, Launcher, Prepared, layout
 from metis.kernels.projection import padded, project_chunk, require_factors, subtract_head
 
 MIN_ROWS = 16384
-"""Two tiles and more for each of the 132 multiprocessors of a Hopper GPU."""
+"""256 tiles: about two for each of the 132 multiprocessors of a Hopper GPU."""
 
 MAX_CHUNKS = 8
-MAX_COLUMNS = 128
-"""Of V and F together, which one program can hold."""
+MAX_COLUMNS = 64
+"""Of V and of F, padded: what one program holds beside a tile without spilling."""
 
-_COPIED_TOGETHER = 8
-"""bf16 numbers in the widest word."""
+_ALIGNMENT = 16
+"""Of addresses in bytes and of rows in numbers: what Triton looks at, and then loads in the widest words."""
 
 _BLOCK_ROWS, _BLOCK_FEATURES, _NUM_WARPS, _NUM_STAGES = 64, 64, 4, 3
 
@@ -132,24 +130,43 @@ def _split_kernel(
 _splits = Launcher(_split_kernel)
 
 
-@lru_cache(maxsize=16)
-def _scratch(device: torch.device) -> Tensor:
+_scratches: dict[tuple[int, int], Tensor] = {}
+
+
+def _scratch_key(x: Tensor) -> tuple[int, int]:
+    """Return device and stream: launches of one stream do not overlap."""
+    return x.get_device(), torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+
+
+def _scratch(x: Tensor) -> Tensor:
     """Return int32 [2], zero between launches: bits of a magnitude, and how many programs are done."""
-    with torch.inference_mode(False):
-        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = _scratch_key(x)
+    if key not in _scratches:
+        with torch.inference_mode(False):
+            _scratches[key] = torch.zeros(2, dtype=torch.int32, device=x.device)
+    return _scratches[key]
 
 
 def can_split(x: Tensor, v: Tensor, factor: Tensor | None, num_chunks: int) -> bool:
     """Whether `split` takes these, and is worth it."""
-    columns = v.shape[1] + (0 if factor is None else factor.shape[1])
-    if x.shape[0] < MIN_ROWS or num_chunks > MAX_CHUNKS or columns > MAX_COLUMNS:
-        return False
-    # What the copy engine cannot take goes through registers, and ptxas 12.8 compiles that wrongly
-    # (tests/gpu/machine_code.py finds it at 200 features and 7 columns of F).
-    if any(t is not None and t.stride(0) % _COPIED_TOGETHER for t in (x, v, factor)):
+    if x.shape[0] < MIN_ROWS or num_chunks > MAX_CHUNKS or not _is_covered(x, v, factor):
         return False
     # Made before anything is captured: a replay must not find what another one has freed.
-    return not x.is_cuda or not torch.cuda.is_current_stream_capturing() or _scratch.cache_info().currsize > 0
+    key = _scratch_key(x)
+    return key in _scratches or not x.is_cuda or not torch.cuda.is_current_stream_capturing()
+
+
+def _is_covered(*tensors: Tensor | None) -> bool:
+    """Whether x, V and F are such that the copy engine takes them and nothing spills.
+
+    What goes through registers instead is compiled wrongly by ptxas 12.8, which tests/gpu/machine_code.py
+    finds at 200 features and at a matrix that begins one number late.
+    """
+    if tensors[0] is None or tensors[0].dtype != torch.bfloat16:
+        return False
+    return all(
+        t is None or (t.stride(0) % _ALIGNMENT == 0 and t.data_ptr() % _ALIGNMENT == 0) for t in tensors
+    ) and all(t is None or padded(t.shape[1]) <= MAX_COLUMNS for t in tensors[1:])
 
 
 def split(
@@ -162,7 +179,7 @@ def split(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (P, amax of R, R, sums of R F), all of the feature axis.
 
-    x: [M, K] bf16 or fp32, contiguous along K, `parts` matrices side by side. v: [K, r], factor: [K, q],
+    x: [M, K] bf16, contiguous along K, `parts` matrices side by side. v: [K, r], factor: [K, q],
     bf16, contiguous along r and q. num_chunks: C, of every part. beside: where P goes as well, bf16 [M, r],
     contiguous along r. P: bf16 [M, r]. amax: fp32 0-dim (NaN propagates). R: as x. Sums: fp32 [1, M, q], for
     `place`.
@@ -175,7 +192,7 @@ def split(
     sums = None
     if factor is not None:
         sums = torch.empty(1, x.shape[0], factor.shape[1], dtype=torch.float32, device=x.device)
-    ready((x, v, factor, p, beside, residual, amax, sums, _scratch(x.device)))
+    ready((x, v, factor, p, beside, residual, amax, sums, _scratch(x)))
     return p, amax, residual, sums
 
 
@@ -189,6 +206,13 @@ def _prepare(
     factor: Tensor | None,
 ) -> Prepared:
     require_factors("split", x, v)
+    if not _is_covered(x, v, factor):
+        raise ShapeError(
+            "split",
+            f"needs bf16 matrices whose rows and addresses are multiples of {_ALIGNMENT}, and up to "
+            f"{MAX_COLUMNS} columns, received x {tuple(x.shape)} {x.dtype}, v {tuple(v.shape)} and factor "
+            f"{None if factor is None else tuple(factor.shape)}; use project, fold and residual",
+        )
     if factor is not None:
         require_factors("split", x, factor)
     num_rows, num_features = x.shape

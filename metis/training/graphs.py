@@ -45,7 +45,7 @@ from metis.mcore.state import recipe_linears
 from metis.renewal import Pending
 from metis.training.batches import batch_on_this_cp_rank
 from metis.training.initialize import at_shut_down
-from metis.training.renewal_graph import RenewalGraph, capture_error
+from metis.training.renewal_graph import RenewalGraphs, are_same, capture_error
 
 IS_LOCAL = "is_local"
 """Field of a batch that holds this context-parallel rank's part already."""
@@ -104,7 +104,7 @@ class StepGraphs:
     """Runs the passes of training steps, by graphs once they are warm.
 
     run: the schedule as it is without graphs. num_warmup_steps: steps of this process that run so whatever
-    they are. renewals: what computes bases after a step, in a graph of its own.
+    they are. renewals: what computes bases after a step, in graphs of its own.
     """
 
     args: Namespace
@@ -112,7 +112,7 @@ class StepGraphs:
     clock: TrainingClock
     run: Schedule
     num_warmup_steps: int
-    renewals: RenewalGraph = field(init=False)
+    renewals: RenewalGraphs = field(init=False)
     _kinds: dict[tuple[Any, ...], _Captured | None] = field(default_factory=dict)
     _staged: dict[tuple[Any, ...], _Staged] = field(default_factory=dict)
     _owners: tuple[Any, ...] = ()
@@ -130,7 +130,7 @@ class StepGraphs:
                     "must be none where every tensor-parallel rank renews bases of its own (basis.tp_mode: "
                     "local), in steps of its own",
                 )
-        self.renewals = RenewalGraph(self._its_pool, self._lasting_rows)
+        self.renewals = RenewalGraphs(self._its_pool, self._lasting_rows)
         at_shut_down(self.release)
 
     def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
@@ -180,7 +180,7 @@ class StepGraphs:
         owners = (
             *(core.recipe for core in cores), *(core.weights for core in cores), *(b.active for b in bases)
         )  # fmt: skip
-        if not _are_same(owners, self._owners):
+        if not are_same(owners, self._owners):
             self.release()
             self._owners = owners
         sketched = tuple(basis.wants_sketch(self.clock.step) for basis in bases)
@@ -249,10 +249,6 @@ class StepGraphs:
         for basis, left in captured.pending:
             basis.put_aside(left)
         return captured.reports
-
-
-def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _layout(batch: Batch) -> tuple[Any, ...]:

@@ -5,12 +5,15 @@ regular case their shapes never change: all bases are warm, nothing waits from e
 where a replayed step has written them. Then one graph makes of them what `metis.renewal.compute_outcome`
 would, with the same bits, and the host reads once.
 
-What a graph reads besides rows and weights are the old bases, copied into places of its own before a replay;
-what it has made of V is copied out after it, because tensors of a state never change.
+A graph reads rows, weights and the bases in use (`OperandBasis.active`), all of which stay where they are.
+What it has made of V is copied out after every replay, because tensors of a state never change. Sketches are
+not kept: where one is wanted after all (a basis cannot be renewed), everything is computed again by launches.
 
 Traps:
 * The first regular renewal is launched: libraries set themselves up then.
-* Rows of a step that was launched lie elsewhere every time; such a renewal is launched too.
+* Rows of a step that was launched lie elsewhere every time; such a renewal is launched, and the graphs stay.
+* NCCL wants a message captured on all of its ranks or on none. Phases, counts, verdicts and the kinds of
+  steps are the same on all ranks that share one.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ from metis.errors import ConfigError
 from metis.operand import Axis
 from metis.renewal import Outcome, Work, compute_outcome
 
+MAX_GRAPHS = 4
+"""Sets of rows that have a graph; the one that was captured first goes first."""
+
 
 @dataclass(frozen=True, slots=True)
 class _StandIn:
-    """A basis as `compute_outcome` reads it, its V in a place that stays."""
+    """A basis as `compute_outcome` reads it, its V in a place that stays, [K, r]."""
 
     operand: str
     ordered: bool
@@ -43,15 +49,14 @@ class _StandIn:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph with what it reads (rows and weights; places of old bases) and what it makes."""
+    """A graph, the rows and weights that it reads, and what it makes."""
 
     graph: torch.cuda.CUDAGraph
     rows: tuple[Tensor, ...]
-    places: list[Tensor]
     outcome: Outcome
 
 
-class RenewalGraph:
+class RenewalGraphs:
     """Stands for `metis.renewal.compute_outcome`.
 
     pool: returns the memory pool that graphs share. lasting: returns the rows that replays overwrite.
@@ -59,28 +64,37 @@ class RenewalGraph:
 
     def __init__(self, pool: Callable[[], Any], lasting: Callable[[], Iterable[Tensor]]) -> None:
         self._pool, self._lasting = pool, lasting
-        self._captured: _Captured | None = None
-        self._launched: tuple[Any, ...] | None = None
+        self._captured: list[_Captured] = []
+        self._owners: tuple[Any, ...] = ()
+        self._launched: tuple[Any, ...] = ()
 
     def __call__(self, work: Work, token_group: Any = None) -> Outcome:
         """Return what becomes of the rows put aside; by a graph where there is one or can be."""
         if not _is_regular(work):
             return compute_outcome(work, token_group)
-        rows = tuple(rows for _, pending in work for rows in pending.rows)
-        if self._captured is None or not _are_same(rows, self._captured.rows):
+        owners = (*(basis for basis, _ in work), *(basis.active for basis, _ in work))
+        if not are_same(owners, self._owners):
             self.release()
-            layout = tuple((basis, *(r.shape for r in pending.rows)) for basis, pending in work)
+            self._owners = owners
+        rows = tuple(rows for _, pending in work for rows in pending.rows)
+        captured = next((c for c in self._captured if are_same(c.rows, rows)), None)
+        if captured is None:
+            layout = tuple(tuple(r.shape for r in pending.rows) for _, pending in work)
             if layout != self._launched or not self._will_last(work):
                 self._launched = layout
                 return compute_outcome(work, token_group)
-            self._captured = self._capture(work, token_group, rows)
-        return self._replay(work)
+            captured = self._capture(work, token_group, rows)
+            self._captured.append(captured)
+            if len(self._captured) > MAX_GRAPHS:
+                self._captured.pop(0).graph.reset()
+        captured.graph.replay()
+        return _with_copies(captured.outcome, work)
 
     def release(self) -> None:
-        """Let go of the graph, whoever still holds what it has made."""
-        if self._captured is not None:
-            self._captured.graph.reset()
-            self._captured = None
+        """Let go of all graphs, whoever still holds what they have made, and of the bases."""
+        for captured in self._captured:
+            captured.graph.reset()
+        self._captured, self._owners, self._launched = [], (), ()
 
     def _will_last(self, work: Work) -> bool:
         """Whether all rows are weights or what replayed steps overwrite."""
@@ -91,15 +105,18 @@ class RenewalGraph:
         )
 
     def _capture(self, work: Work, token_group: Any, rows: tuple[Tensor, ...]) -> _Captured:
-        places = [torch.empty_like(basis.state.v) for basis, _ in work]
         stand_ins = [
             (
                 _StandIn(
-                    basis.operand, basis.ordered, basis.features, basis.config, replace(basis.state, v=place)
+                    operand=basis.operand,
+                    ordered=basis.ordered,
+                    features=basis.features,
+                    config=basis.config,
+                    state=replace(basis.state, v=basis.active),
                 ),
                 replace(pending, rows=list(pending.rows)),
             )
-            for (basis, pending), place in zip(work, places, strict=True)
+            for basis, pending in work
         ]
         graph = torch.cuda.CUDAGraph()
         dist.barrier()
@@ -114,15 +131,18 @@ class RenewalGraph:
                 outcome = compute_outcome(stand_ins, token_group)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise capture_error("a renewal of bases", error) from error
-        return _Captured(graph, rows, places, outcome)
+        return _Captured(graph, rows, replace(outcome, found=None))
 
-    def _replay(self, work: Work) -> Outcome:
-        captured = self._captured
-        assert captured is not None
-        torch._foreach_copy_(captured.places, [basis.state.v for basis, _ in work])
-        captured.graph.replay()
-        made = captured.outcome
-        return replace(made, candidates=[(members, v.clone()) for members, v in made.candidates])
+
+def _with_copies(outcome: Outcome, work: Work) -> Outcome:
+    """Return the outcome of a replay with every V in memory of its own, as wide as its state keeps it."""
+    candidates = []
+    for members, v_GKr in outcome.candidates:
+        num_bases, num_features, rank = v_GKr.shape
+        v_GKq = v_GKr.new_zeros(num_bases, num_features, work[members[0]][0].state.v.shape[1])
+        v_GKq[:, :, :rank] = v_GKr
+        candidates.append((members, v_GKq))
+    return replace(outcome, candidates=candidates)
 
 
 def capture_error(what: str, error: BaseException) -> ConfigError:
@@ -138,7 +158,17 @@ def capture_error(what: str, error: BaseException) -> ConfigError:
     return failure
 
 
+def are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether two tuples hold the same objects."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
 def _is_regular(work: Work) -> bool:
+    widths: dict[tuple[int, int], int] = {}  # of equal bases; what a graph makes is widened group by group
+    for basis, _ in work:
+        num_features, width = basis.state.v.shape
+        if widths.setdefault((num_features, basis.state.rank), width) != width:
+            return False
     return all(
         basis.state.phase == "warm"
         and not basis.ordered
@@ -147,7 +177,3 @@ def _is_regular(work: Work) -> bool:
         and bool(pending.rows)
         for basis, pending in work
     )
-
-
-def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))

@@ -77,8 +77,13 @@ def launches(full: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield every launch to compile, by name."""
     shapes = list(SHORT)
     if full:
-        ranks = (5, 16, 32, 48, 64, 128)
-        shapes = [(16384, k, r, q) for k in (768, 2048, 2304, 4096, 200) for r in ranks for q in ranks]
+        ranks = (5, 8, 16, 24, 32, 48, 64, 128)
+        shapes = [
+            (16384, k, r, q)
+            for k in (384, 768, 1024, 2048, 2304, 4096, 200, 208)
+            for r in ranks
+            for q in ranks
+        ]
     seen = set()
     for tokens, features, rank, width in shapes:
         x = torch.empty(tokens, features, dtype=torch.bfloat16)
@@ -91,6 +96,8 @@ def launches(full: bool) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"residual {size}", lambda x=x, p=p, v=v, a=amax: projection.residual(x, p, v, a)
             if splitting.can_split(x, v, None, 8):
                 yield f"split {size}", lambda x=x, v=v: splitting.split(x, v, 8)
+                beside = torch.empty(tokens, features + rank, dtype=torch.bfloat16)[:, features:]
+                yield f"split {size}, twice", lambda x=x, v=v, b=beside: splitting.split(x, v, 8, 1, b)
         yield (
             f"residual {size}, F of {width}",
             lambda x=x, p=p, v=v, a=amax, f=f: projection.residual(x, p, v, a, f),

@@ -41,7 +41,7 @@ MINIMAL_CHECKS = {
     "amax both": 60,
     "decoding": 30,
     "added heads": 250,
-    "split": 140,
+    "split": 70,
     "large": 9,
 }
 """Comparisons per group: fewer means that a group lost inputs."""
@@ -185,6 +185,26 @@ def test_wrong_calls_are_refused_before_a_launch(name: str, monkeypatch: pytest.
     error, message, call = WRONG_CALLS[name]
     with pytest.raises(error, match=message):
         call(kernels.quantize_nvfp4, torch.ones(32, 64), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("what", ["fp32", "offset", "narrow rows", "rank 8", "rank 80", "wide F"])
+def test_only_what_compiles_rightly_is_split_in_one_launch(what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from metis.kernels import splitting
+
+    monkeypatch.setattr(splitting, "MIN_ROWS", 64)
+    features = 200 if what == "narrow rows" else 192
+    x = torch.zeros(64, features + 1 if what == "offset" else features, dtype=torch.bfloat16)
+    rank = {"rank 8": 8, "rank 80": 80}.get(what, 16)
+    v = torch.zeros(features, rank, dtype=torch.bfloat16)
+    f = torch.zeros(features, 80, dtype=torch.bfloat16) if what == "wide F" else None
+    good = torch.zeros(64, 192, dtype=torch.bfloat16), torch.zeros(192, 16, dtype=torch.bfloat16)
+    assert splitting.can_split(*good, None, 8) and not splitting.can_split(*good, None, 16)
+    assert not splitting.can_split(good[0][:63], good[1], None, 8)
+    x = x.float() if what == "fp32" else x[:, 1:] if what == "offset" else x
+    assert not splitting.can_split(x, v, f, 8)
+    with pytest.raises(ShapeError, match="use project, fold and residual"):
+        splitting.split(x, v, 8, factor=f)
 
 
 def test_runs_that_cannot_be_indices_are_refused():

@@ -4,9 +4,12 @@ runs the captured computation again into the tensors it has made.
 
 from __future__ import annotations
 
+import copy
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +17,16 @@ import torch
 from torch import Tensor
 
 from metis.bases import OperandBasis
+from metis.clock import TrainingClock
 from metis.config import BasisConfig
 from metis.decompose.sampling import MARK_COLUMNS
 from metis.errors import ConfigError
 from metis.operand import Axis
 from metis.renewal import Outcome, Work, compute_outcome, renew_bases
-from metis.training import renewal_graph
-from metis.training.renewal_graph import RenewalGraph
+from metis.training import graphs as step_graphs
+from metis.training import initialize, renewal_graph
+from metis.training.graphs import StepGraphs
+from metis.training.renewal_graph import MAX_GRAPHS, RenewalGraphs
 
 CONFIG = BasisConfig(oversample=4)
 SHAPES = {"input": (64, 96), "grad_output": (48, 96), "weight": (64, 32)}
@@ -48,11 +54,20 @@ class RerunGraph:
 
     def replay(self) -> None:
         """Compute again."""
+        self.compute_again()
+
+    def compute_again(self) -> None:
+        """Compute what was captured from what its inputs hold now."""
         assert not self.is_reset and self.outcome is not None
         self.num_replays += 1
         again = compute_outcome([(basis, replace(p, rows=list(p.rows))) for basis, p in self.work])
         for target, value in zip(tensors_of(self.outcome), tensors_of(again), strict=True):
             target.copy_(value)
+
+    def replay_if_renewal(self) -> None:
+        """Compute a renewal again; a step leaves its rows where they are anyway."""
+        if self.outcome is not None:
+            RerunGraph.compute_again(self)
 
     def reset(self) -> None:
         """Count."""
@@ -141,7 +156,7 @@ def assert_equal(one: Model, other: Model) -> None:
 def test_a_replay_makes_the_bases_that_launches_make(graphs: type[RerunGraph], spoiled: str | None) -> None:
     """Eight renewals, the sixth spoiled: what is no regular case any more then is launched until it is."""
     launched, graphed = Model(), Model()
-    compute = RenewalGraph(lambda: None, lambda: graphed.rows)
+    compute = RenewalGraphs(lambda: None, lambda: graphed.rows)
     states = []
     for step in range(8):
         for model in (launched, graphed):
@@ -158,7 +173,7 @@ def test_a_replay_makes_the_bases_that_launches_make(graphs: type[RerunGraph], s
 
 def test_tensors_of_a_state_do_not_change_with_the_next_replay(graphs: type[RerunGraph]) -> None:
     model = Model()
-    compute = RenewalGraph(lambda: None, lambda: model.rows)
+    compute = RenewalGraphs(lambda: None, lambda: model.rows)
     held: list[tuple[Tensor, Tensor]] = []
     for step in range(7):
         model.fill(step)
@@ -168,27 +183,118 @@ def test_tensors_of_a_state_do_not_change_with_the_next_replay(graphs: type[Reru
     assert all(torch.equal(value, before) for value, before in held)
 
 
-def test_rows_that_lie_elsewhere_are_launched(graphs: type[RerunGraph]) -> None:
+def test_rows_that_lie_elsewhere_are_launched_and_the_graph_stays(graphs: type[RerunGraph]) -> None:
     model = Model()
-    compute = RenewalGraph(lambda: None, lambda: model.rows)
+    compute = RenewalGraphs(lambda: None, lambda: model.rows)
     for step in range(5):
         model.fill(step)
         model.renew(step, compute, moved=True)
     assert graphs.made == []
-    for step in range(5, 8):
+    for step in range(5, 10):
+        model.fill(step)
+        model.renew(step, compute, moved=step % 2 == 0)
+    (graph,) = graphs.made
+    assert graph.num_replays == 3 and not graph.is_reset
+
+
+def test_every_set_of_rows_that_lasts_has_a_graph_up_to_some(graphs: type[RerunGraph]) -> None:
+    model = Model()
+    places = [[rows.clone() for rows in model.rows] for _ in range(MAX_GRAPHS + 1)]
+    compute = RenewalGraphs(lambda: None, lambda: [rows for rows_of in places for rows in rows_of])
+    for step in range(3):
         model.fill(step)
         model.renew(step, compute)
-    (graph,) = graphs.made
-    assert graph.num_replays == 3
-    model.renew(8, compute, moved=True)
-    assert graph.is_reset and len(graphs.made) == 1
-    model.renew(9, compute)
-    assert len(graphs.made) == 2 and graphs.made[1].num_replays == 1
+    for step in range(3, 3 + 2 * len(places)):
+        model.rows = places[step % len(places)] if step < 3 + len(places) else places[0]
+        model.fill(step)
+        model.renew(step, compute)
+    made = graphs.made
+    assert [graph.is_reset for graph in made] == [True] + [False] * (len(made) - 1)
+    assert len(made) == MAX_GRAPHS + 1 and sum(graph.num_replays for graph in made) == 2 * len(places)
+
+
+def test_other_bases_on_the_same_weights_get_a_graph_of_their_own(graphs: type[RerunGraph]) -> None:
+    """Rows of a weight are the parameter, which outlives its bases."""
+    model, other = Model(), Model()
+    for one in (model, other):
+        one.bases, one.rows = ([pieces[i] for i in (2, 5)] for pieces in (one.bases, one.rows))
+    other.bases = [
+        OperandBasis(layer=basis.layer, operand="weight", features=basis.features, rank=10,
+                     config=replace(CONFIG, oversample=2), seed=1)
+        for basis in model.bases
+    ]  # fmt: skip
+    compute = RenewalGraphs(lambda: None, list)
+    for step in range(6):
+        model.fill(step)
+        model.renew(step, compute)
+    assert graphs.made[0].num_replays == 3
+    launched = Model()
+    launched.bases = [copy.deepcopy(basis) for basis in other.bases]
+    other.rows = launched.rows = model.rows
+    for step in range(6, 12):
+        other.fill(step)
+        other.renew(step, compute)
+        launched.renew(step)
+        assert_equal(other, launched)
+    assert graphs.made[0].is_reset and graphs.made[1].num_replays == 3
+
+
+def test_equal_bases_of_several_widths_are_launched(graphs: type[RerunGraph]) -> None:
+    model = Model()
+    odd = OperandBasis(layer="odd", operand="input", features=Axis.whole(64), rank=8,
+                       config=replace(CONFIG, oversample=6), seed=1)  # fmt: skip
+    model.bases[3] = odd
+    compute = RenewalGraphs(lambda: None, lambda: model.rows)
+    for step in range(5):
+        model.fill(step)
+        model.renew(step, compute)
+    assert graphs.made == []
+
+
+def test_graphs_of_steps_and_of_renewals_go_together(graphs: type[RerunGraph], monkeypatch) -> None:
+    """Real bases behind `StepGraphs`, whose replays leave the rows that renewals read."""
+    model = Model()
+    linears = [
+        SimpleNamespace(core=SimpleNamespace(
+            recipe=SimpleNamespace(basis=CONFIG), weights=None, bases={"it": basis},
+            own_bases=lambda basis=basis: [("it", basis)],
+        ))
+        for basis in model.bases
+    ]  # fmt: skip
+    monkeypatch.setattr(step_graphs, "recipe_linears", lambda _: linears)
+    monkeypatch.setattr(step_graphs, "_quiet_engine", nullcontext)
+    monkeypatch.setattr(step_graphs, "on_this_rank", lambda batch: batch)
+    monkeypatch.setattr(StepGraphs, "_stage", lambda self, batches: SimpleNamespace(batches=batches))
+    monkeypatch.setattr(initialize, "_AT_SHUT_DOWN", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(RerunGraph, "replay", RerunGraph.replay_if_renewal)
+    args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=1)
+    clock = TrainingClock()
+
+    def passes(batches: Iterator[Any], num_microbatches: int) -> list[Any]:
+        for basis, rows in zip(model.bases, model.rows, strict=True):
+            if basis.operand != "weight":
+                basis.add_rows(rows)
+        return []
+
+    steps = StepGraphs(args, [], clock, passes, 1)
+    for step in range(8):
+        model.fill(step)
+        clock.begin_step(step, 64)
+        steps(iter([{"tokens": torch.zeros(1, 64)}]), 1)
+        for basis, rows in zip(model.bases, model.rows, strict=True):
+            if basis.operand == "weight":
+                basis.add_weight(rows, Axis.whole(rows.shape[0]))
+        renew_bases(model.bases, step, None, steps.renewals)
+    renewals = [graph for graph in graphs.made if graph.outcome is not None]
+    assert [graph.num_replays > 1 for graph in renewals] == [True]
+    steps.release()
+    assert all(graph.is_reset for graph in graphs.made)
 
 
 def test_rows_of_a_step_that_is_not_replayed_do_not_last(graphs: type[RerunGraph]) -> None:
     model = Model()
-    compute = RenewalGraph(lambda: None, lambda: model.rows[:1])
+    compute = RenewalGraphs(lambda: None, lambda: model.rows[:1])
     for step in range(6):
         model.fill(step)
         model.renew(step, compute)
@@ -197,7 +303,7 @@ def test_rows_of_a_step_that_is_not_replayed_do_not_last(graphs: type[RerunGraph
 
 def test_a_capture_that_fails_says_what_to_do(graphs: type[RerunGraph], monkeypatch) -> None:
     model = Model()
-    compute = RenewalGraph(lambda: None, lambda: model.rows)
+    compute = RenewalGraphs(lambda: None, lambda: model.rows)
     for step in range(3):
         model.fill(step)
         model.renew(step, compute)
