@@ -122,14 +122,6 @@ class StepGraphs:
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
             raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
-        for linear in recipe_linears(self.model):
-            basis = linear.core.recipe.basis
-            if basis is not None and basis.tp_mode == "local" and self.args.tensor_model_parallel_size > 1:
-                raise ConfigError(
-                    "--cuda-graph-impl",
-                    "must be none where every tensor-parallel rank renews bases of its own (basis.tp_mode: "
-                    "local), in steps of its own",
-                )
         self.renewals = RenewalGraphs(self._its_pool, self._lasting_rows)
         at_shut_down(self.release)
 

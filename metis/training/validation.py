@@ -196,6 +196,13 @@ def _check_recipe(args: Namespace) -> None:
         for path, used in recipes.items():
             _check_ranks(args, path, used)
             _check_linear(args, path, used)
+    local = [r.name for r in all_uses(phases).values() if r.basis is not None and r.basis.tp_mode == "local"]
+    require(
+        args.cuda_graph_impl == "none" or args.tensor_model_parallel_size == 1 or not local,
+        "--cuda-graph-impl",
+        "must be none where every tensor-parallel rank renews bases of its own, in steps of its own (basis."
+        f"tp_mode: local), received recipe {', '.join(sorted(set(local)))}",
+    )
     check_gemm_backend(args, all_uses(phases))
     check_quantize_kernels(args, all_uses(phases))
     if args.spec is not None:

@@ -114,15 +114,17 @@ def test_the_last_kind_of_a_long_ramp_up_is_captured_and_the_oldest_graphs_go(mo
     assert [graph.is_reset for graph in made] == [True] * (len(made) - MAX_KINDS) + [False] * MAX_KINDS
 
 
-def test_bases_that_ranks_renew_for_themselves_are_refused(monkeypatch):
-    """Ranks may want sketches in different steps, and one would capture while another launches."""
-    core = SimpleNamespace(recipe=SimpleNamespace(basis=BasisConfig(tp_mode="local")))
-    monkeypatch.setattr(graphs, "recipe_linears", lambda model: [SimpleNamespace(core=core)])
-    monkeypatch.setattr(initialize, "_AT_SHUT_DOWN", [])
-    for tp_size in (1, 2):
-        args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=tp_size)
-        with pytest.raises(ConfigError, match="tp_mode: local") if tp_size > 1 else nullcontext():
-            StepGraphs(args, [], TrainingClock(), lambda batches, number: [], 1)
+def test_bases_that_ranks_renew_for_themselves_are_refused(tmp_path):
+    """In any phase: ranks may want sketches in different steps; one would capture while another launches."""
+    (tmp_path / "local.json").write_text('{"base": "metis", "basis": {"tp_mode": "local"}}')
+    (tmp_path / "later.json").write_text(
+        f'{{"phases": [{{"at_step": 4, "recipe": "{tmp_path}/local.json"}}]}}'
+    )
+    for option in (f"--recipe {tmp_path}/local.json", f"--recipe-schedule {tmp_path}/later.json"):
+        validate_args(parse_args([*GRAPHED.split(), *option.split()]), 1)
+        args = parse_args([*GRAPHED.split(), *option.split(), "--tensor-model-parallel-size", "2"])
+        with pytest.raises(ConfigError, match=r"tp_mode: local\), received recipe local"):
+            validate_args(args, 2)
 
 
 def test_every_replay_leaves_behind_what_the_captured_step_did(monkeypatch):
