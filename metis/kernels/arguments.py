@@ -153,8 +153,15 @@ def position_words(position: NoisePosition, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _fixed_position_words(microbatch: int, step: int, device: torch.device) -> Tensor:
-    # A copy from the host: inside a capture that is an error, and not a number that every replay repeats.
-    return torch.tensor([as_signed(microbatch), as_signed(step)], dtype=torch.int32, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "NoisePosition words", "must be given inside a CUDA graph: every replay would draw the same bits"
+        )
+    # Written by launches: a copy from the host would wait for everything launched before it.
+    words = torch.empty(2, dtype=torch.int32, device=device)
+    words[0].fill_(as_signed(microbatch))
+    words[1].fill_(as_signed(step))
+    return words
 
 
 @lru_cache(maxsize=64)
