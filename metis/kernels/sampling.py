@@ -5,8 +5,9 @@ an array of fixed size instead, in the order of the matrix, each with a one behi
 used; all else is zero and adds nothing to any sum. The choice is that of
 `metis.decompose.sampling.sample_rows`, row for row: the same hash, the same pinned rows, the same ties.
 
-Two launches: the largest magnitude of every row; then the choice and the copy. Each program of the second
-repeats the choice for all rows before its own, because that is cheaper than a launch that does it once.
+Three launches: the largest magnitude of every row; what a block of rows has, its largest key and how many of
+its rows are sampled; then the choice and the copy. Each program of the last finds the pinned rows again, from
+the blocks, because that is cheaper than a launch that does it once.
 
 Traps:
 * A number that changes from step to step may not be specialised (it would compile anew), nor change its type:
@@ -40,10 +41,10 @@ from metis.kernels.launching import Launcher
 from metis.rng import NoisePosition
 
 _AMAX_TILE = (8, 512)
-_ROWS_PER_PROGRAM = 64
-_COPY_COLUMNS = 128
-_MAX_TILE = 4096
-_WARPS = 8
+_BLOCK_ROWS = 64
+_MAX_BLOCKS = 4096
+_MAX_COPY_COLUMNS = 2048
+_BLOCKS_PER_WARP = 512
 
 
 @triton.jit
@@ -80,12 +81,41 @@ def _rank_keys(amax, index, rows, mask):
 
 
 @triton.jit
-def _are_chosen(amax, index, rows, mask, cut, threshold, k0, k1, c2, c3):
-    """Return 1 for every row that is sampled by its hash or pinned by its amax, else 0: int32."""
+def _are_sampled(index, rows, mask, position, threshold_high, threshold_low, key_0, key_1):
+    """Return 1 for every row whose hash is below the threshold, else 0: int32."""
+    k0 = key_0.to(tl.uint32, bitcast=True)
+    k1 = key_1.to(tl.uint32, bitcast=True)
+    c2, c3 = load_position(position)
+    threshold = (threshold_high.to(tl.int64) << 16) + threshold_low
     row = tl.load(index + rows, mask=mask, other=0).to(tl.uint32)
     word, _, _, _ = philox4x32(tl.full(row.shape, 0xFFFFFFFF, tl.uint32), row, c2, c3, k0, k1)
-    chosen = (word.to(tl.int64) < threshold) | (_rank_keys(amax, index, rows, mask) >= cut)
-    return (chosen & mask).to(tl.int32)
+    return ((word.to(tl.int64) < threshold) & mask).to(tl.int32)
+
+
+@triton.jit(
+    do_not_specialize=("threshold_high", "threshold_low", "key_0", "key_1"),
+    do_not_specialize_on_alignment=("position",),
+)
+def _sum_up_kernel(
+    amax,
+    index,
+    tops,
+    counts,
+    position,
+    shift,
+    num_all,
+    threshold_high,
+    threshold_low,
+    key_0,
+    key_1,
+    BLOCK: tl.constexpr,
+):
+    """Write the largest key of a block of rows, and how many of them their hash samples."""
+    rows = tl.program_id(0) * BLOCK - shift + tl.arange(0, BLOCK)
+    mask = (rows >= 0) & (rows < num_all)
+    sampled = _are_sampled(index, rows, mask, position, threshold_high, threshold_low, key_0, key_1)
+    tl.store(tops + tl.program_id(0), tl.max(_rank_keys(amax, index, rows, mask), axis=0))
+    tl.store(counts + tl.program_id(0), tl.sum(sampled, axis=0))
 
 
 @triton.jit(
@@ -96,60 +126,70 @@ def _take_rows_kernel(
     x,
     amax,
     index,
+    tops,
+    counts,
     out,
     position,
     first,
+    shift,
     num_rows,
     num_all,
     num_cols,
     stride_r,
     stride_out,
     num_places,
+    num_blocks,
     threshold_high,
     threshold_low,
     key_0,
     key_1,
     IS_BF16: tl.constexpr,
     NUM_PINNED: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
-    k0 = key_0.to(tl.uint32, bitcast=True)
-    k1 = key_1.to(tl.uint32, bitcast=True)
-    c2, c3 = load_position(position)
-    threshold = (threshold_high.to(tl.int64) << 16) + threshold_low
-    # The key of the last pinned row: each round finds the largest key below the one before.
+    blocks, inside = tl.arange(0, BLOCKS), tl.arange(0, BLOCK)
+    first_block = (first + shift) // BLOCK
+    own_block = first_block + tl.program_id(0)
+    # Places taken by rows before this program's: those that hashes sample, and pinned rows that they do not.
+    is_before = (blocks >= first_block) & (blocks < own_block)
+    place = tl.sum(tl.load(counts + blocks, mask=is_before, other=0), axis=0)
+    # The key of the last pinned row: each round takes the largest that is left, and its block names the next.
+    left = tl.load(tops + blocks, mask=blocks < num_blocks, other=-1)
     cut = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     for _ in range(NUM_PINNED):
-        best = tl.full([TILE], -1, tl.int64)
-        for start in range(0, num_all, TILE):
-            rows = start + tl.arange(0, TILE)
-            keys = _rank_keys(amax, index, rows, rows < num_all)
-            best = tl.maximum(best, tl.where(keys < cut, keys, -1))
-        cut = tl.max(best, axis=0)
-    # Places taken by rows before this program's.
-    own = tl.program_id(0) * TILE_R
-    before = tl.zeros([TILE], dtype=tl.int32)
-    for start in range(0, own, TILE):
-        rows = start + tl.arange(0, TILE)
-        before += _are_chosen(amax, index, first + rows, rows < own, cut, threshold, k0, k1, c2, c3)
-    rows = own + tl.arange(0, TILE_R)
-    chosen = _are_chosen(amax, index, first + rows, rows < num_rows, cut, threshold, k0, k1, c2, c3)
-    places = tl.sum(before, axis=0) + tl.cumsum(chosen, axis=0) - chosen
-    taken = (chosen > 0) & (places < num_places)
-    source = rows.to(tl.int64)[:, None] * stride_r
-    target = places.to(tl.int64)[:, None] * stride_out
-    for start in range(0, num_cols, TILE_C):
-        cols = (start + tl.arange(0, TILE_C))[None, :]
-        mask = taken[:, None] & (cols < num_cols)
-        tl.store(out + target + cols, tl.load(x + source + cols, mask=mask), mask=mask)
+        cut = tl.max(left, axis=0)
+        block = tl.max(tl.where(left == cut, blocks, 0), axis=0)
+        rows = block * BLOCK - shift + inside
+        mask = (rows >= 0) & (rows < num_all)
+        keys = _rank_keys(amax, index, rows, mask)
+        sampled = _are_sampled(index, rows, mask, position, threshold_high, threshold_low, key_0, key_1)
+        is_new = (keys == cut) & mask & (sampled == 0) & (block >= first_block) & (block < own_block)
+        place += tl.sum(is_new.to(tl.int32), axis=0)
+        left = tl.where(blocks == block, tl.max(tl.where(keys < cut, keys, -1), axis=0), left)
+    own = tl.program_id(0) * BLOCK
+    mask = own + inside < num_rows
+    keys = _rank_keys(amax, index, first + own + inside, mask)
+    sampled = _are_sampled(index, first + own + inside, mask, position, threshold_high, threshold_low, key_0,
+                           key_1)  # fmt: skip
+    chosen = (((sampled > 0) | (keys >= cut)) & mask).to(tl.int32)
+    order = tl.cumsum(chosen, axis=0) * chosen
     one = 0x3F80 if IS_BF16 else 1
-    mark = tl.full([TILE_R], one, tl.int32).to(out.dtype.element_ty)
-    tl.store(out + places.to(tl.int64) * stride_out + num_cols, mark, mask=taken)
+    mark = tl.full([], one, tl.int32).to(out.dtype.element_ty)
+    for number in range(1, tl.minimum(tl.sum(chosen, axis=0), num_places - place) + 1):
+        row = own + tl.sum(tl.where(order == number, inside, 0), axis=0)
+        source = x + row.to(tl.int64) * stride_r
+        target = out + (place + number - 1).to(tl.int64) * stride_out
+        for start in range(0, num_cols, TILE_C):
+            cols = start + tl.arange(0, TILE_C)
+            tl.store(target + cols, tl.load(source + cols, mask=cols < num_cols), mask=cols < num_cols)
+        tl.store(target + num_cols, mark)
 
 
-_launch_row_amax, _launch_take_rows = Launcher(_row_amax_kernel), Launcher(_take_rows_kernel)
+_launch_row_amax, _launch_sum_up, _launch_take_rows = (
+    Launcher(kernel) for kernel in (_row_amax_kernel, _sum_up_kernel, _take_rows_kernel)
+)
 
 
 def row_amax(x: Tensor) -> Tensor:
@@ -197,15 +237,25 @@ def take_rows(
             f"needs an amax and an int32 index of all rows, received {tuple(amax.shape)} maxima, "
             f"{tuple(index.shape)} {index.dtype} for rows {first} to {first + num_rows}",
         )
-    out = torch.zeros(num_places, num_cols + num_mark_columns, dtype=x.dtype, device=x.device)
+    block = max(_BLOCK_ROWS, next_power_of_two(ceil_div(num_all, _MAX_BLOCKS - 1)))
+    shift = -first % block  # so that the rows held here begin with a block
+    num_blocks = ceil_div(num_all + shift, block)
+    words, device = position_words(position, x.device), x.device
+    volatile = threshold >> 16, threshold & 0xFFFF, as_signed(key[0]), as_signed(key[1])
+    tops = torch.empty(num_blocks, dtype=torch.int64, device=device)
+    counts = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    _launch_sum_up(
+        (num_blocks, 1), (amax, index, tops, counts, words, shift, num_all), (block,), volatile, num_warps=1
+    )
+    out = torch.zeros(num_places, num_cols + num_mark_columns, dtype=x.dtype, device=device)
+    padded_blocks = next_power_of_two(num_blocks)
     _launch_take_rows(
-        (ceil_div(num_rows, _ROWS_PER_PROGRAM), 1),
-        (x, amax, index, out, position_words(position, x.device), first, num_rows, num_all, num_cols,
-         x.stride(0), out.stride(0), num_places),
-        (x.dtype == torch.bfloat16, num_pinned_rows, min(_MAX_TILE, next_power_of_two(num_all)),
-         _ROWS_PER_PROGRAM, _COPY_COLUMNS),
-        (threshold >> 16, threshold & 0xFFFF, as_signed(key[0]), as_signed(key[1])),
-        num_warps=_WARPS,
+        (ceil_div(num_rows, block), 1),
+        (x, amax, index, tops, counts, out, words, first, shift, num_rows, num_all, num_cols, x.stride(0),
+         out.stride(0), num_places, num_blocks),
+        (x.dtype == torch.bfloat16, num_pinned_rows, block, padded_blocks,
+         min(_MAX_COPY_COLUMNS, next_power_of_two(num_cols))),
+        volatile, num_warps=max(1, padded_blocks // _BLOCKS_PER_WARP),
     )  # fmt: skip
     return out
 

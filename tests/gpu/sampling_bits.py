@@ -34,7 +34,7 @@ from metis.rng import NoisePosition, stream_key
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SHAPES = ((200, 40, 0.2, 8), (130, 17, 1.0, 0), (64, 300, 0.0, 3), (5, 16, 0.3, 8), (1, 1, 0.5, 1))
-LARGE = (8192, 512, 0.05, 8)
+LARGE = ((8192, 512, 0.05, 8), (40000, 80, 0.02, 8), (300000, 16, 0.001, 8))
 POSITIONS = (NoisePosition(0, 0), NoisePosition(7, 2**31 + 5), NoisePosition(2**32 - 1, 3))
 
 CENTRED = replace(
@@ -188,7 +188,7 @@ def main() -> int:
         return 0
     device = args.device
     ledger = Ledger()
-    check_rows(ledger, device, SHAPES if device == "cpu" else (*SHAPES, LARGE))
+    check_rows(ledger, device, SHAPES if device == "cpu" else (*SHAPES, *LARGE))
     result = {
         "checks": ledger.checks,
         "different": ledger.different[:20],
