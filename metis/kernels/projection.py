@@ -56,7 +56,7 @@ _FOLD_BLOCK = 1024
 
 
 @triton.jit
-def _load_operand(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr):
+def load_operand(pointer, offsets, mask, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr):
     """Load numbers as a dot reads them: bf16 on a GPU, fp32 otherwise (the interpreter cannot multiply bf16).
 
     EVEN: the mask is true everywhere, and is not looked at.
@@ -110,9 +110,9 @@ def project_chunk(
         first = part * width + index * chunk
         for start in range(0, chunk, BLOCK_K):
             mask = start + block < chunk
-            tile = _load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
+            tile = load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
                                  row_mask & mask[None, :], IS_BF16, NATIVE, EVEN)  # fmt: skip
-            basis = _load_operand(v + (first + start).to(tl.int64) * stride_v,
+            basis = load_operand(v + (first + start).to(tl.int64) * stride_v,
                                   block[:, None] * stride_v + columns[None, :],
                                   mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
                                   EVEN)  # fmt: skip
@@ -249,7 +249,7 @@ def subtract_head(
             tile = _widened(tl.load(x + start + x_offsets), IS_BF16)
         else:
             tile = _widened(tl.load(x + start + x_offsets, mask=mask, other=0), IS_BF16)
-        basis = _load_operand(v + start.to(tl.int64) * stride_v,
+        basis = load_operand(v + start.to(tl.int64) * stride_v,
                               block[None, :] * stride_v + columns[:, None],
                               (columns < rank)[:, None] & inside[None, :], True, NATIVE and IS_BF16,
                               EVEN)  # fmt: skip
@@ -266,7 +266,7 @@ def subtract_head(
         groups = tl.reshape(magnitude_bits(left), [BLOCK_R, BLOCK_K // 8, 8])
         largest = tl.maximum(largest, tl.max(groups, axis=1))
         if NUM_F > 0:
-            factor = _load_operand(f + start.to(tl.int64) * stride_f,
+            factor = load_operand(f + start.to(tl.int64) * stride_f,
                                    block[:, None] * stride_f + f_columns[None, :],
                                    inside[:, None] & (f_columns < num_f)[None, :], True, NATIVE and IS_BF16,
                                    EVEN)  # fmt: skip
@@ -312,7 +312,7 @@ def _residual_kernel(
     # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
     x += row_start.to(tl.int64) * stride_r
     residual += row_start.to(tl.int64) * num_features
-    coefficients = _load_operand(p + row_start.to(tl.int64) * rank, rows[:, None] * rank + columns[None, :],
+    coefficients = load_operand(p + row_start.to(tl.int64) * rank, rows[:, None] * rank + columns[None, :],
                                  row_mask & (columns < rank)[None, :], True, NATIVE and IS_BF16,
                                  EVEN)  # fmt: skip
     largest, total = subtract_head(x, v, f, residual, coefficients, begin, end, row_mask, num_features,

@@ -25,7 +25,7 @@ from metis.errors import ShapeError
 from metis.kernels.arguments import ceil_div, is_native
 from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, exact_bf16_bits, round_to_bf16
 from metis.kernels.launching import Key, Launcher, Prepared, layout
-from metis.kernels.projection import padded, project_chunk, require_factors, subtract_head
+from metis.kernels.projection import load_operand, padded, require_factors, subtract_head
 
 MIN_ROWS = 16384
 """256 tiles: about two for each of the 132 multiprocessors of a Hopper GPU."""
@@ -38,6 +38,67 @@ _ALIGNMENT = 16
 """Of addresses in bytes and of rows in numbers: what Triton looks at, and then loads in the widest words."""
 
 _BLOCK_ROWS, _BLOCK_FEATURES, _NUM_WARPS, _NUM_STAGES = 64, 64, 4, 3
+
+
+@triton.jit
+def project_rows(
+    x,
+    v,
+    row_mask,
+    stride_r,
+    stride_v,
+    rank,
+    width,
+    chunk,
+    num_parts,
+    IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return x V, fp32 [BLOCK_R, RANK]: chunks summed as `project` does, and added pairwise as `fold` does.
+
+    One loop over the tiles of all chunks, so that reading ahead does not stop where a chunk ends.
+    """
+    rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
+    tiles = tl.cdiv(chunk, BLOCK_K)
+    last = num_parts * tiles - 1
+    # What waits for its neighbour, one for each level of the tree.
+    single = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    pair = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    four = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    for number in range(NUM_CHUNKS * num_parts * tiles):
+        index, within = number // (last + 1), number % (last + 1)
+        start = (within % tiles) * BLOCK_K
+        first = (within // tiles) * width + index * chunk + start
+        mask = start + block < chunk
+        tile = load_operand(x + first, rows[:, None] * stride_r + block[None, :], row_mask & mask[None, :],
+                            IS_BF16, NATIVE, EVEN)  # fmt: skip
+        basis = load_operand(v + first.to(tl.int64) * stride_v,
+                             block[:, None] * stride_v + columns[None, :],
+                             mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
+                             EVEN)  # fmt: skip
+        total = tl.dot(tile, basis, tl.where(within == 0, 0.0, total), input_precision="ieee")
+        if NUM_CHUNKS > 1:
+            is_done = within == last
+            two = single + total
+            if NUM_CHUNKS > 2:
+                three = pair + two
+                if NUM_CHUNKS > 4:
+                    four = tl.where(is_done & (index == 3), three, four)
+                pair = tl.where(is_done & ((index & 3) == 1), two, pair)
+            single = tl.where(is_done & ((index & 1) == 0), total, single)
+    if NUM_CHUNKS > 1:
+        total = single + total
+    if NUM_CHUNKS > 2:
+        total = pair + total
+    if NUM_CHUNKS > 4:
+        total = four + total
+    return total
 
 
 @triton.jit
@@ -77,27 +138,8 @@ def _split_kernel(
     row_mask = (row_start + rows < num_rows)[:, None]
     x += row_start.to(tl.int64) * stride_r
     residual += row_start.to(tl.int64) * num_features
-    # Chunks are added pairwise, neighbours first: what waits for its neighbour, one for each level.
-    single = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
-    pair = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
-    four = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
-    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
-    for index in range(NUM_CHUNKS):
-        first = project_chunk(x, v, index, row_mask, stride_r, stride_v, rank, width, chunk, num_parts,
-                              IS_BF16, NATIVE, EVEN, RANK, BLOCK_R, BLOCK_K)  # fmt: skip
-        second = single + first
-        third = pair + second
-        if NUM_CHUNKS == 1:
-            total = first
-        elif NUM_CHUNKS == 2:
-            total = second
-        elif NUM_CHUNKS == 4:
-            total = third
-        else:
-            total = four + third
-        four = tl.where(index == 3, third, four)
-        pair = tl.where((index & 3) == 1, second, pair)
-        single = tl.where((index & 1) == 0, first, single)
+    total = project_rows(x, v, row_mask, stride_r, stride_v, rank, width, chunk, num_parts, IS_BF16, NATIVE,
+                         EVEN, NUM_CHUNKS, RANK, BLOCK_R, BLOCK_K)  # fmt: skip
     rounded = round_to_bf16(total, NATIVE)
     if not EVEN:  # an infinity times no column of V is NaN
         rounded = tl.where((columns < rank)[None, :], rounded, 0.0)
