@@ -74,7 +74,7 @@ def overwrite_active(bases: Iterable[OperandBasis]) -> None:
     one. A basis that nobody has asked for yet gets no place.
     """
     with torch.inference_mode(False):
-        asked = [basis for basis in bases if basis._active is not None]
+        asked = [b for b in bases if b._active is not None and b._active[0] is not b.state.v]
         pairs = [pair for basis in asked for pair in basis._renew_places()]
         if pairs:
             torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
@@ -149,8 +149,10 @@ class OperandBasis(nn.Module):
         that the caller has to fill.
         """
         state = self.state
+        if self._active is not None and self._active[0] is state.v:
+            return []
         v = algebra.active_basis(state)
-        if v is None or (self._active is not None and self._active[0] is state.v):
+        if v is None:
             return []
         values = (v, state.energies[: state.rank]) if self.ordered else (v,)
         places = (None,) * len(values) if self._active is None else self._active[1:]

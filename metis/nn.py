@@ -98,8 +98,8 @@ class LinearCore(nn.Module):
         _check_backend(recipe, layer, self.backend)
         self.bases = self._bases_for(recipe, nn.ModuleDict(), device)
         self._set_weights()
-        self.borrowed: frozenset[str] = frozenset()
         self._lender: tuple[LinearCore, ...] = ()  # in a tuple: the owner is no submodule of this one
+        self._borrow(frozenset())
 
     def _set_weights(self) -> None:
         """Start a cache of the encoded weight where kernels cover the recipe; only the emulated backend reads
@@ -149,7 +149,8 @@ class LinearCore(nn.Module):
         _check_backend(recipe, self.layer, self.backend)
         own = nn.ModuleDict({name: b for name, b in self.bases.items() if name not in self.borrowed})
         self.bases = self._bases_for(recipe, own, device)
-        self.recipe, self.borrowed, self._lender = recipe, frozenset(), ()
+        self.recipe, self._lender = recipe, ()
+        self._borrow(frozenset())
         self._set_weights()
 
     def borrow_input_basis(self, owner: LinearCore) -> None:
@@ -183,7 +184,13 @@ class LinearCore(nn.Module):
                 f"and {its}; give both linears one recipe",
             )
         self.bases["input"] = owner.bases["input"]
-        self.borrowed, self._lender = frozenset({"input"}), (owner,)
+        self._lender = (owner,)
+        self._borrow(frozenset({"input"}))
+
+    def _borrow(self, names: frozenset[str]) -> None:
+        self.borrowed = names
+        # Listed once: modules look their submodules up slowly, and every step asks for all of them.
+        self._own_bases = tuple((name, basis) for name, basis in self.bases.items() if name not in names)
 
     def forward(
         self, x_MK: Tensor, w_NK: Tensor, tokens: Axis, sequence: SequenceShard | None = None
@@ -262,9 +269,9 @@ class LinearCore(nn.Module):
             head=head, residual=config.residual_factor, on_dx=config.apply_to == "dw_and_dx"
         )
 
-    def own_bases(self) -> list[tuple[str, OperandBasis]]:
+    def own_bases(self) -> tuple[tuple[str, OperandBasis], ...]:
         """Return (operand, basis) of every basis that this linear sketches and renews itself."""
-        return [(name, basis) for name, basis in self.bases.items() if name not in self.borrowed]  # type: ignore[misc]
+        return self._own_bases  # type: ignore[return-value]
 
 
 def advance_bases(

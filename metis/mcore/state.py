@@ -33,15 +33,14 @@ def num_basis_bytes(model_chunks: Iterable[nn.Module]) -> int:
 
 
 def advance_model_bases(
-    model_chunks: Iterable[nn.Module], step: int, token_group: Any, compute: Compute | None = None
+    linears: Iterable[RecipeLinear], step: int, token_group: Any, compute: Compute | None = None
 ) -> None:
     """Renew every basis of this rank from the sketches of optimizer step `step`.
 
-    token_group: the data- and context-parallel ranks that saw the other tokens of the step. compute: as
-    `metis.renewal.renew_bases` takes it.
+    linears: of `recipe_linears`. token_group: the data- and context-parallel ranks that saw the other tokens
+    of the step. compute: as `metis.renewal.renew_bases` takes it.
     """
-    linears = [(linear.core, linear.weight) for linear in recipe_linears(model_chunks)]
-    advance_bases(linears, step, token_group, compute)
+    advance_bases([(linear.core, linear.weight) for linear in linears], step, token_group, compute)
 
 
 def set_model_recipes(model_chunks: Iterable[nn.Module], recipes: Mapping[str, Recipe]) -> None:

@@ -42,6 +42,7 @@ from metis.clock import NotedAmaxes, TrainingClock
 from metis.errors import ConfigError
 from metis.kernels.arguments import as_signed
 from metis.mcore.state import recipe_linears
+from metis.nn import LinearCore
 from metis.renewal import Pending
 from metis.training.batches import batch_on_this_cp_rank
 from metis.training.initialize import at_shut_down
@@ -113,6 +114,7 @@ class StepGraphs:
     run: Schedule
     num_warmup_steps: int
     renewals: RenewalGraphs = field(init=False)
+    _cores: list[LinearCore] = field(init=False)
     _kinds: dict[tuple[Any, ...], _Captured | None] = field(default_factory=dict)
     _staged: dict[tuple[Any, ...], _Staged] = field(default_factory=dict)
     _owners: tuple[Any, ...] = ()
@@ -122,6 +124,7 @@ class StepGraphs:
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
             raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
+        self._cores = [linear.core for linear in recipe_linears(self.model)]
         self.renewals = RenewalGraphs(self._its_pool, self._lasting_rows)
         at_shut_down(self.release)
 
@@ -167,8 +170,8 @@ class StepGraphs:
 
         Asks every basis for its place, which writes a new one there. Graphs that read other places go.
         """
-        cores = [linear.core for linear in recipe_linears(self.model)]
-        bases = [basis for core in cores for basis in core.bases.values()]
+        cores = self._cores
+        bases = [basis for core in cores for _, basis in core.own_bases()]
         owners = (
             *(core.recipe for core in cores), *(core.weights for core in cores), *(b.active for b in bases)
         )  # fmt: skip
@@ -209,7 +212,7 @@ class StepGraphs:
 
     def _capture(self, staged: _Staged) -> _Captured:
         watch = self.clock.watch
-        bases = [b for linear in recipe_linears(self.model) for _, b in linear.core.own_bases()]
+        bases = [basis for core in self._cores for _, basis in core.own_bases()]
         for basis in bases:
             basis.take_pending()
         before = watch.take_noted()

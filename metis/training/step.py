@@ -96,6 +96,9 @@ class StepRunner:
         self.has_penalties = any(recipe.dual_range is not None for recipe in uses)
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
+        self._linears = recipe_linears(
+            model
+        )  # found once: a walk over all modules takes a host a millisecond
         check_gradients = args.check_for_nan_in_loss_and_grad
         is_graphed = args.cuda_graph_impl == "local"
         self.guard = OperandGuard(
@@ -188,7 +191,7 @@ class StepRunner:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
         token_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        advance_model_bases(self.model, iteration, token_group, self._renew)
+        advance_model_bases(self._linears, iteration, token_group, self._renew)
         if applied:
             self.scheduler.step(increment=batch_size)
         if args.empty_unused_memory_level >= 2 and args.device == "cuda":
@@ -210,7 +213,7 @@ class StepRunner:
         return {DUAL_RANGE_LOSS: value} if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else {}
 
     def _tracks_weights(self) -> bool:
-        return any("weight" in linear.core.bases for linear in recipe_linears(self.model))
+        return any("weight" in linear.core.bases for linear in self._linears)
 
     def _zero_gradients(self) -> None:
         for chunk in self.model:
@@ -224,7 +227,7 @@ class StepRunner:
             raise operand_error(finding, where, iteration)
         print_rank_last(finding.warning(where, "the step is skipped"))
         self._zero_gradients()
-        for linear in recipe_linears(self.model):
+        for linear in self._linears:
             for basis in linear.core.bases.values():
                 basis.take_pending()
         return StepResult(losses=losses, applied=False, grad_norm=None, num_zeros=None, nonfinite=True)

@@ -45,16 +45,16 @@ def _run(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, tuple[O
                 seen[log._clock.step + 1, layer] = value
         end_step(log)
 
-    def watched_advance(model: Any, number: int, group: Any) -> None:
+    def watched_advance(linears: Any, number: int, group: Any, compute: Any) -> None:
         def bases() -> dict[Any, Any]:
             return {
                 (linear.layer_name, name): None if basis.active is None else basis.active.double()
-                for linear in step.recipe_linears(model)
+                for linear in linears
                 for name, basis in linear.core.bases.items()
             }
 
         before = bases() if world_size == 1 else {}
-        advance(model, number, group)
+        advance(linears, number, group, compute)
         for key, new in (bases() if before else {}).items():
             if before[key] is not None and new is not None and not torch.equal(before[key], new):
                 cosines = torch.linalg.svdvals(torch.linalg.qr(before[key])[0].t() @ torch.linalg.qr(new)[0])

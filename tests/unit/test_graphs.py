@@ -53,7 +53,7 @@ class Steps:
     """Steps of a model without linears; a kind is a number of tokens."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_warmup_steps: int = 1) -> None:
-        CountedGraph.made, self.num_launched, self.linears, self.is_broken = [], 0, [], False
+        CountedGraph.made, self.num_launched, self.is_broken = [], 0, False
 
         @contextmanager
         def capture(graph: CountedGraph, pool: Any, **_options: Any) -> Iterator[None]:
@@ -66,13 +66,17 @@ class Steps:
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(graphs.dist, "barrier", lambda: None)
-        monkeypatch.setattr(graphs, "recipe_linears", lambda model: self.linears)
+        monkeypatch.setattr(graphs, "recipe_linears", lambda model: [])
         monkeypatch.setattr(graphs, "_quiet_engine", nullcontext)
         monkeypatch.setattr(graphs, "on_this_rank", lambda batch: batch)
         monkeypatch.setattr(StepGraphs, "_stage", lambda self, batches: SimpleNamespace(batches=batches))
         monkeypatch.setattr(initialize, "_AT_SHUT_DOWN", [])
         args = Namespace(device="cuda", micro_batch_size=1, tensor_model_parallel_size=1)
         self.graphs = StepGraphs(args, [], TrainingClock(), self._launch, num_warmup_steps)
+
+    def use(self, linears: list[Any]) -> None:
+        """Have these for a model's linears."""
+        self.graphs._cores = [linear.core for linear in linears]
 
     def _launch(self, batches: Iterator[Any], num_microbatches: int) -> list[Any]:
         self.num_launched += 1
@@ -139,7 +143,7 @@ def test_every_replay_leaves_behind_what_the_captured_step_did(monkeypatch):
     linear = steps.linear(torch.zeros(2))
     basis = linear.core.bases["input"]
     basis.take_pending, basis.put_aside = take_pending, aside.append
-    steps.linears = [linear]
+    steps.use([linear])
     watch, rows = steps.graphs.clock.watch, object()
 
     def launch(batches: Iterator[Any], num_microbatches: int) -> list[Any]:
@@ -166,11 +170,11 @@ def test_a_kind_that_keeps_coming_outlives_others(monkeypatch):
 def test_a_pool_whose_graphs_have_gone_is_not_used_again(monkeypatch):
     """The allocator refuses it while a tensor of theirs is left, and somebody may hold one."""
     steps = Steps(monkeypatch)
-    steps.linears = [steps.linear(torch.zeros(2))]
+    steps.use([steps.linear(torch.zeros(2))])
     steps.make(1, 1, 2, 2)
     first, second = CountedGraph.made
     assert first.pool is second.pool
-    steps.linears = [steps.linear(torch.zeros(2))]
+    steps.use([steps.linear(torch.zeros(2))])
     steps.make(1, 1)
     assert first.is_reset and second.is_reset
     assert CountedGraph.made[2].pool is not first.pool
