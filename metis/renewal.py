@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from metis import kernels
 from metis.config import BasisConfig
 from metis.decompose import basis as algebra
 from metis.decompose.orthonormal import orthonormal_columns
 from metis.decompose.projector import num_chunks_for, tree_sum
-from metis.decompose.sketch import directions_in_chunks, sketch, sketch_in_chunks
+from metis.decompose.sketch import directions_in_chunks, in_chunks, sketch, sketch_in_chunks
 from metis.errors import ConfigError
 from metis.operand import Axis
 
@@ -202,17 +203,29 @@ def _sketch_group(group: Work) -> None:
     """Sketch the rows of bases of equal shape, and let go of them."""
     basis, num_bases = group[0][0], len(group)
     num_features, num_columns = basis.features.local_size, basis.state.num_sketch_columns
-    pieces = [rows for _, pending in group for rows in pending.rows]
-    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    x_GnK = rows.view(num_bases, rows.shape[0] // num_bases, rows.shape[1])
+    pieces = [pending.rows for _, pending in group]
+    num_rows, width = sum(rows.shape[0] for rows in pieces[0]), pieces[0][0].shape[1]
+    by_kernel = basis.config.tp_mode != "fast" and num_rows > 0 and kernels.can_widen(pieces[0][0])
+    every = [rows for its in pieces for rows in its]
     v_GKq = basis.state.v[None] if num_bases == 1 else torch.stack([basis.state.v for basis, _ in group])
-    counts: Sequence[Tensor | int] = [x_GnK.shape[1]] * num_bases
-    if x_GnK.shape[2] > num_features:
-        counts = x_GnK[:, :, num_features].sum(dim=1, keepdim=True, dtype=torch.float64).unbind()
-        x_GnK = x_GnK[:, :, :num_features]
-    height = max(1, _max_numel(rows.device) // (num_bases * num_features))
-    x_blocks = (x_GnK,) if x_GnK.shape[1] <= height else x_GnK.split(height, dim=1)
-    z_GKq, gram_Gqq = _sums(x_blocks, v_GKq[:, :, :num_columns], basis)
+    counts: Sequence[Tensor | int] = [num_rows] * num_bases
+    x_GnK = marks_Gn = None
+    if not by_kernel:
+        rows = every[0] if len(every) == 1 else torch.cat(every)
+        x_GnK = rows.view(num_bases, num_rows, width)
+    if width > num_features and x_GnK is None:
+        marks_Gn = torch.cat([rows[:, num_features] for rows in every]).view(num_bases, num_rows)
+    elif width > num_features:
+        marks_Gn, x_GnK = x_GnK[:, :, num_features], x_GnK[:, :, :num_features]  # type: ignore[index]
+    if marks_Gn is not None:
+        counts = marks_Gn.sum(dim=1, keepdim=True, dtype=torch.float64).unbind()
+    height = max(1, _max_numel(v_GKq.device) // (num_bases * num_features))
+    v_GKq = v_GKq[:, :, :num_columns]
+    if x_GnK is None:
+        z_GKq, gram_Gqq = _sums_by_kernel(pieces, num_rows, height, v_GKq, basis)
+    else:
+        x_blocks = (x_GnK,) if num_rows <= height else x_GnK.split(height, dim=1)
+        z_GKq, gram_Gqq = _sums(x_blocks, v_GKq, basis)
     for (_, pending), z, gram, count in zip(group, z_GKq.unbind(), gram_Gqq.unbind(), counts, strict=True):
         before, pending.rows = pending.sketch, []
         pending.sketch = Sketch(z, gram, count)
@@ -225,14 +238,31 @@ def _sums(x_blocks: Sequence[Tensor], v_GKq: Tensor, basis: Renewable) -> tuple[
 
     B is summed over all features.
     """
-    features, config = basis.features, basis.config
-    if config.tp_mode == "fast":
+    features = basis.features
+    if basis.config.tp_mode == "fast":
         v_GKq = v_GKq.to(torch.float32)
         return _added(sketch(x, features.sum(x.to(torch.float32) @ v_GKq)) for x in x_blocks)
+    num_chunks = _num_local_chunks(basis)
+    chunks = (in_chunks(x_GnK, num_chunks, features.parts) for x_GnK in x_blocks)
+    return _sums_of_chunks(chunks, num_chunks, v_GKq, basis)
 
-    def complete(b_Gnq: Tensor) -> Tensor:
-        return tree_sum(torch.stack(features.gather(b_Gnq))) if features.is_sharded else b_Gnq
 
+def _sums_by_kernel(
+    pieces: Sequence[Sequence[Tensor]], num_rows: int, height: int, v_GKq: Tensor, basis: Renewable
+) -> tuple[Tensor, Tensor]:
+    """The same, of the matrices in which the rows of every basis lie, `height` rows of each at a time."""
+    features, num_chunks = basis.features, _num_local_chunks(basis)
+    chunks = (
+        kernels.widen(pieces, start, min(start + height, num_rows), features.local_size, features.parts,
+                      num_chunks)
+        for start in range(0, num_rows, height)
+    )  # fmt: skip
+    return _sums_of_chunks(chunks, num_chunks, v_GKq, basis)
+
+
+def _num_local_chunks(basis: Renewable) -> int:
+    """Return the canonical chunks of the feature axis that are held here."""
+    features, config = basis.features, basis.config
     total = num_chunks_for(features.size // features.parts, config.num_canonical_chunks)
     if total % features.num_shards:
         raise ConfigError(
@@ -240,8 +270,19 @@ def _sums(x_blocks: Sequence[Tensor], v_GKq: Tensor, basis: Renewable) -> tuple[
             f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
             f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
         )
-    v_ckq = directions_in_chunks(v_GKq, total // features.num_shards, features.parts)
-    return _added(sketch_in_chunks(x, v_ckq, features.parts, complete) for x in x_blocks)
+    return total // features.num_shards
+
+
+def _sums_of_chunks(
+    blocks: Iterable[Tensor], num_chunks: int, v_GKq: Tensor, basis: Renewable
+) -> tuple[Tensor, Tensor]:
+    features = basis.features
+
+    def complete(b_Gnq: Tensor) -> Tensor:
+        return tree_sum(torch.stack(features.gather(b_Gnq))) if features.is_sharded else b_Gnq
+
+    v_ckq, num_bases = directions_in_chunks(v_GKq, num_chunks, features.parts), v_GKq.shape[0]
+    return _added(sketch_in_chunks(x_cnk, v_ckq, num_bases, features.parts, complete) for x_cnk in blocks)
 
 
 def _added(sums: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

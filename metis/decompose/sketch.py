@@ -46,22 +46,28 @@ def directions_in_chunks(v_GKq: Tensor, num_local_chunks: int, parts: int = 1) -
     return _dense(pieces).view(num_bases * num_local_chunks, -1, num_columns)
 
 
+def in_chunks(x_GnK: Tensor, num_local_chunks: int, parts: int = 1) -> Tensor:
+    """Return rows [G, n, K], any float dtype, as `sketch_in_chunks` takes them: float64 [G C, n, K / C]."""
+    num_bases, num_rows, num_features = x_GnK.shape
+    pieces = _dense(x_GnK.unflatten(2, (parts, num_local_chunks, -1)).permute(0, 3, 1, 2, 4))
+    return pieces.view(num_bases * num_local_chunks, num_rows, num_features // num_local_chunks)
+
+
 def sketch_in_chunks(
-    x_GnK: Tensor,
+    x_cnk: Tensor,
     v_ckq: Tensor,
+    num_bases: int,
     parts: int = 1,
     complete: Callable[[Tensor], Tensor] = lambda b_Gnq: b_Gnq,
 ) -> tuple[Tensor, Tensor]:
     """Return (Z, gram) of each of G bases, [G, K, q] and [G, q, q] float64.
 
-    x_GnK: [G, n, K] rows, any float dtype; v_ckq: `directions_in_chunks`. complete: turns this rank's part of
-    B (its subtree) into the whole, [G, n, q].
+    x_cnk: rows of `in_chunks`; v_ckq: `directions_in_chunks`. complete: turns this rank's part of B (its
+    subtree) into the whole, [G, n, q].
     """
-    num_bases, num_rows, _ = x_GnK.shape
+    num_rows = x_cnk.shape[1]
     num_pieces, chunk, num_columns = v_ckq.shape
     num_chunks = num_pieces // num_bases
-    x_cnk = _dense(x_GnK.unflatten(2, (parts, num_chunks, -1)).permute(0, 3, 1, 2, 4))
-    x_cnk = x_cnk.view(num_pieces, num_rows, chunk)
     partials = torch.bmm(x_cnk, v_ckq).view(num_bases, num_chunks, num_rows, num_columns)
     b_Gnq = complete(tree_sum(partials.transpose(0, 1)))
     gram = torch.bmm(b_Gnq.mT, b_Gnq)

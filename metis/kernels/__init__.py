@@ -43,7 +43,9 @@ _HOMES = {
     "residual": "projection",
     "rotate": "rotation",
     "can_split": "splitting",
+    "can_widen": "widening",
     "split": "splitting",
+    "widen": "widening",
 }
 
 __all__ = [*_HOMES]

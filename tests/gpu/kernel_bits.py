@@ -26,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from metis import kernels
+from metis.decompose.sketch import in_chunks
 from metis.formats import E2M1_MIDPOINTS, RHT_SIGN_VECTOR
 from metis.kernels import blockwise
 from metis.kernels.blockwise import Tile
@@ -90,7 +91,7 @@ class Ledger:
 
 def bits_of(x: Tensor) -> Tensor:
     """Return a floating-point tensor's bits as integers, others as they are."""
-    widths = {2: torch.int16, 4: torch.int32}
+    widths = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.contiguous().view(widths[x.element_size()]) if x.is_floating_point() else x
 
 
@@ -567,7 +568,27 @@ def check_split(ledger: Ledger) -> None:
             if sums is not None and special is None:
                 total = sums.sum(dim=0)
                 error = (at_once[3].sum(dim=0) - total).abs().amax() / total.abs().amax()
-                ledger.same(f"R F, {label}", (error < 1e-5).cpu(), torch.tensor(True))
+                # fp32 sums, of a row at once there and of pieces of it here
+                ledger.same(f"R F, {label}", (error < 1e-8 * cols + 1e-5).cpu(), torch.tensor(True))
+
+
+def check_widening(ledger: Ledger) -> None:
+    """Rows of several matrices in chunks are what copies make of them, whole and in blocks of rows."""
+    cases = [(1, (40,), 64, 1, 8), (3, (16, 5), 96, 1, 4), (2, (7, 0, 20), 120, 2, 4), (2, (33,), 48, 3, 1)]
+    if ledger.device.startswith("cuda"):
+        cases += [(1, (6144,), 4096, 1, 8), (4, (400, 368), 2048, 2, 8), (2, (1000,), 14336, 1, 8)]
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for bases, heights, num_features, parts, chunks in cases:
+            generator = torch.Generator().manual_seed(num_features)
+            num_rows = sum(heights)
+            x = torch.randn(bases, num_rows, num_features + 16, generator=generator).to(dtype)
+            x[-1, num_rows // 2, 3] = math.nan
+            x[0, 0, 0] = -math.inf
+            pieces = [[ledger.put(rows) for rows in its.split(heights)] for its in x]
+            for start, stop in ((0, num_rows), (num_rows // 3, num_rows - 2)):
+                actual = kernels.widen(pieces, start, stop, num_features, parts, chunks)
+                expected = in_chunks(x[:, start:stop, :num_features], chunks, parts)
+                ledger.same(f"{dtype} {bases} x {heights} x {num_features}, {parts} parts", actual, expected)
 
 
 def check_controls(ledger: Ledger) -> None:
@@ -600,6 +621,7 @@ GROUPS: dict[str, Callable[[Ledger], None]] = {
     "decoding": check_decoding,
     "added heads": check_added_heads,
     "split": check_split,
+    "widening": check_widening,
     "large": check_large,
 }
 

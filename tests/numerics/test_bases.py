@@ -250,19 +250,24 @@ def test_sketches_in_chunks_are_sketches(
     v = torch.randn(3, SIZE, 8, generator=generator).to(torch.bfloat16)
     b = x.double() @ v.double()
     directions = sketches.directions_in_chunks(v, 4, parts)
-    z, gram = sketches.sketch_in_chunks(x, directions, parts, lambda part: b)
+    chunks = sketches.in_chunks(x, 4, parts)
+    z, gram = sketches.sketch_in_chunks(chunks, directions, 3, parts, lambda part: b)
     for actual, expected in zip((z, gram), sketches.sketch(x, b), strict=True):
         assert actual.shape == expected.shape
         assert torch.allclose(actual, expected, rtol=0, atol=1e-11)  # of sums up to 1e4; measured 3e-14
     found: list[Tensor] = []
-    sketches.sketch_in_chunks(x, directions, parts, lambda part: found.append(part) or part)
+    sketches.sketch_in_chunks(chunks, directions, 3, parts, lambda part: found.append(part) or part)
     assert torch.allclose(found[0], b, rtol=0, atol=1e-12)  # measured 0: few enough bits
 
     def half(value: Tensor, axis: int) -> Tensor:
         return value.unflatten(axis, (parts, 2, -1)).select(axis + 1, 1).flatten(axis, axis + 1)
 
     mine, _ = sketches.sketch_in_chunks(
-        half(x, 2), sketches.directions_in_chunks(half(v, 1), 2, parts), parts, lambda part: b
+        sketches.in_chunks(half(x, 2), 2, parts),
+        sketches.directions_in_chunks(half(v, 1), 2, parts),
+        3,
+        parts,
+        lambda part: b,
     )
     assert torch.equal(mine, half(z, 1))
 
