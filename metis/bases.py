@@ -28,7 +28,7 @@ from metis.config import BasisConfig
 from metis.decompose import basis as algebra
 from metis.decompose import sampling
 from metis.operand import Axis, token_mean
-from metis.renewal import Pending, Sketch, sketch_pending
+from metis.renewal import Made, Pending, Sketch, sketch_pending
 from metis.rng import NoisePosition, stream_key
 
 MAX_WAITING_BYTES = 32 * 2**20
@@ -112,6 +112,7 @@ class OperandBasis(nn.Module):
         self.tracks_drift, self.drift_degrees = False, None
         self._pending: Pending | None = None
         self._active: tuple[Tensor, ...] | None = None  # state.v, then the places
+        self._in_use_soon: tuple[Tensor, Tensor] | None = None  # state.v, and what to copy to its place
 
     def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
         return replace(whole, v=self.features.local_rows(whole.v), z=self.features.local_rows(whole.z))
@@ -151,7 +152,9 @@ class OperandBasis(nn.Module):
         state = self.state
         if self._active is not None and self._active[0] is state.v:
             return []
-        v = algebra.active_basis(state)
+        soon, self._in_use_soon = self._in_use_soon, None
+        # A copy of what lies in one piece is a part of a launch for all bases; of columns, a launch.
+        v = soon[1] if soon is not None and soon[0] is state.v else algebra.active_basis(state)
         if v is None:
             return []
         values = (v, state.energies[: state.rank]) if self.ordered else (v,)
@@ -261,12 +264,11 @@ class OperandBasis(nn.Module):
         return pending
 
     def take_in(
-        self, found: Sketch | None, num_rows: int, made: tuple[Tensor, Tensor] | None, step: int
+        self, found: Sketch | None, num_rows: int, made: Made | None, step: int
     ) -> None:
         """Add a step's sketch, summed over ranks; renew the basis if enough rows have been sketched.
 
-        found: may be None where `made` is used. made: V [K, q] bf16 that a warm refresh makes of all rows
-        sketched so far, and energies [q]; None: find them.
+        found: may be None where `made` is used. made: what a warm refresh makes; None: find it.
         """
         state = self.state
         if made is None or state.row_count + num_rows < self.num_rows_needed:
@@ -275,8 +277,9 @@ class OperandBasis(nn.Module):
             self.refresh(step)
             return
         whole = self._whole(state) if self.tracks_drift else None
-        v, energies = made
+        v, energies, in_use = made
         self.state = algebra.renewed(state, self.features.local_rows(v), energies, step)
+        self._in_use_soon = None if in_use is None else (self.state.v, self.features.local_rows(in_use))
         if whole is not None:
             self.drift_degrees = algebra.largest_principal_angle(whole, replace(self.state, v=v))
 

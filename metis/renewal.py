@@ -89,6 +89,10 @@ class Pending:
     shards: Axis | None = None
 
 
+Made = tuple[Tensor, Tensor, Tensor | None]
+"""V [K, q] bf16 that a warm refresh makes of all rows sketched so far, energies [q], and V [K, r] contiguous
+where there is one."""
+
 Work = Sequence[tuple[Renewable, Pending]]
 """Bases, and what a step has put aside for each."""
 
@@ -100,7 +104,8 @@ class Outcome:
     found: the sketch of every basis, summed over ranks; None where they have not been kept, which serves
     while every candidate may be used. counts: rows in each sketch, None for those that only the device knows.
     candidates: for bases of equal shape, their numbers and the V that a warm refresh would give them, [G, K,
-    q] bf16. values: float64, the unknown counts, then for every candidate whether it may be used; None where
+    q] bf16. in_use: the same as products read them, [G, K, r] contiguous; empty where nobody has made them.
+    values: float64, the unknown counts, then for every candidate whether it may be used; None where
     there is nothing to ask.
     """
 
@@ -108,6 +113,7 @@ class Outcome:
     counts: list[int | None]
     candidates: list[tuple[list[int], Tensor]]
     values: Tensor | None
+    in_use: Sequence[Tensor] = ()
 
 
 Compute = Callable[[Work, Any], Outcome]
@@ -136,11 +142,12 @@ def renew_bases(
     if outcome.found is None and not _all_are_renewed(work, counts, usable):
         outcome = compute_outcome(work, token_group)
         counts, usable = _read(outcome)
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    for members, v_GKq in outcome.candidates:
+    made: dict[int, Made] = {}
+    for group, (members, v_GKq) in enumerate(outcome.candidates):
         shape = (len(members), v_GKq.shape[2])
-        energies = torch.zeros(shape, dtype=torch.float64, device=v_GKq.device)
-        made.update(zip(members, zip(v_GKq.unbind(), energies.unbind(), strict=True), strict=True))
+        energies = torch.zeros(shape, dtype=torch.float64, device=v_GKq.device).unbind()
+        in_use = outcome.in_use[group].unbind() if outcome.in_use else (None,) * len(members)
+        made.update(zip(members, zip(v_GKq.unbind(), energies, in_use, strict=True), strict=True))
     made = {number: made[number] for number, ok in zip(list(made), usable, strict=True) if ok}
     for number, (basis, _) in enumerate(work):
         sums = None if outcome.found is None else outcome.found[number]

@@ -136,13 +136,14 @@ class RenewalGraphs:
 
 def _with_copies(outcome: Outcome, work: Work) -> Outcome:
     """Return the outcome of a replay with every V in memory of its own, as wide as its state keeps it."""
-    candidates = []
+    candidates, in_use = [], []
     for members, v_GKr in outcome.candidates:
         num_bases, num_features, rank = v_GKr.shape
         v_GKq = v_GKr.new_zeros(num_bases, num_features, work[members[0]][0].state.v.shape[1])
         v_GKq[:, :, :rank] = v_GKr
         candidates.append((members, v_GKq))
-    return replace(outcome, candidates=candidates)
+        in_use.append(v_GKr.clone())
+    return replace(outcome, candidates=candidates, in_use=in_use)
 
 
 def capture_error(what: str, error: BaseException) -> ConfigError:

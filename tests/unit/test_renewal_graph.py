@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metis.bases import OperandBasis
+from metis.bases import OperandBasis, overwrite_active
 from metis.clock import TrainingClock
 from metis.config import BasisConfig
 from metis.decompose.sampling import MARK_COLUMNS
@@ -144,12 +144,14 @@ class Model:
             else:
                 basis.add_rows(here)
         renew_bases(self.bases, step, None, compute)
+        overwrite_active(self.bases)
 
 
 def assert_equal(one: Model, other: Model) -> None:
     for a, b in zip(one.bases, other.bases, strict=True):
         for name, value in a.tensors().items():
             assert torch.equal(value, b.tensors()[name]), (a.layer, a.operand, name)
+        assert torch.equal(a.active, b.active) and torch.equal(a.active, a.state.v[:, : a.state.rank])
 
 
 @pytest.mark.parametrize("spoiled", [None, "few rows", "deficient", "not finite"])
