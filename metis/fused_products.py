@@ -35,13 +35,12 @@ differ).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metis import kernels
 from metis.encoded_weight import EncodedWeight
 from metis.functional import LinearPlan, as_placeholder
 from metis.fused import scale_target
@@ -71,7 +70,6 @@ from metis.fused_operand import (
 )
 from metis.gemm import scaled_product
 from metis.kernels import Thin
-from metis.operand import Axis
 
 
 @dataclass(slots=True)
@@ -318,18 +316,17 @@ def _wgrad_operands(
     middle = num_tokens + r_g
     right, factors = wide(w, left.shape[0], w.shape[1]), []
     p_x = _fill_input(right[:num_tokens].t(), x, plan)
-    sums: list[_TokenSum] = []
     if p is not None:
         assert gradient.v is not None
         factors.append(Thin(gradient.v.t(), left[num_tokens:middle], False))
-        sums.append(_head_times_residual(right[num_tokens:middle], p, right[:num_tokens], x, scales, plan))
+        _head_times_residual(right[num_tokens:middle], p, right[:num_tokens], x, scales.inverse, plan)
     if p_x is not None:
         assert plan.v_input is not None
         factors.append(Thin(plan.v_input.t(), right[middle:], False))
         shards = shards_of(plan, "grad_output")
         p_x = p_x if shards is None else rows_held(p_x, shards)
-        sums.append(_TokenSum(left[middle:], p_x, gradient.g, scales.inverse, shards))
-    _place_token_sums(sums, factors)
+        _over_tokens(left[middle:], p_x, gradient.g, scales.inverse, shards)
+    place_all(factors, None)
     return left, right, scales.alpha
 
 
@@ -373,58 +370,34 @@ def _fill_input(place: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor | None
     return x.p
 
 
-@dataclass(frozen=True, slots=True)
-class _TokenSum:
-    """factor * p^T matrix, summed over the tokens of all ranks, and the rows [r, C] where it goes.
-
-    p: [m, r], matrix: [m, C], both of the tokens held here. shards: ranks that hold others.
-    """
-
-    rows: Tensor
-    p: Tensor
-    matrix: Tensor
-    factor: Tensor | None
-    shards: Axis | None
-
-
 def _head_times_residual(
-    rows: Tensor, p: Tensor, decoded: Tensor, x: SavedInput, scales: ProductScales, plan: LinearPlan
-) -> _TokenSum:
-    """Return P_g^T R_x / alpha, to go into `rows` [r_g, K].
+    rows: Tensor,
+    p: Tensor,
+    decoded: Tensor,
+    x: SavedInput,
+    inverse: Tensor | None,
+    plan: LinearPlan,
+) -> None:
+    """Write P_g^T R_x / alpha into `rows` [r_g, K].
 
     p: of all tokens, [M, r_g]. decoded: wgrad's copy of x without its tensor scale, [M, K]; read in place of
     R_x where that was not kept.
     """
-    shards, residual, factor = shards_of(plan, "input"), x.residual, scales.inverse
+    shards, residual, factor = shards_of(plan, "input"), x.residual, inverse
     if residual is None:
         residual = decoded if shards is None else rows_held(decoded, shards)
         quantizer = plan.recipe.wgrad_input.quantizer
         assert quantizer is not None
-        if factor is not None:
+        if inverse is not None:
             assert x.amax is not None
-            factor = factor * (x.amax / scale_target(quantizer))
-    return _TokenSum(rows, p if shards is None else rows_held(p, shards), residual, factor, shards)
+            factor = inverse * (x.amax / scale_target(quantizer))
+    _over_tokens(rows, p if shards is None else rows_held(p, shards), residual, factor, shards)
 
 
-def _place_token_sums(sums: Sequence[_TokenSum], factors: Sequence[Thin]) -> None:
-    """Form sums over tokens and place them, and other factors that nothing multiplies."""
-    thins = list(factors)
-    here = [one for one in sums if one.shards is None and kernels.can_sum(one.matrix, one.p)]
-    partial = kernels.token_sums(*((one.matrix, one.p) for one in here)) if here else []
-    by_factor: dict[int, list[Thin]] = {}
-    for one, its in zip(here, partial, strict=True):
-        by_factor.setdefault(id(one.factor), []).append(Thin(its, one.rows.t(), True))
-    for one in sums:
-        if any(one is other for other in here):
-            continue
-        if one.shards is None:
-            scaled_product(one.p.t(), one.matrix.t(), one.rows, one.factor)
-            continue
-        mine = torch.empty(one.rows.shape, dtype=torch.float32, device=one.rows.device)
-        total = one.shards.sum(scaled_product(one.p.t(), one.matrix.t(), mine))
-        by_factor.setdefault(id(one.factor), []).append(Thin(total, one.rows, True))
-    known = {id(one.factor): one.factor for one in sums}
-    for key, scaled in by_factor.items():
-        place_all([*thins, *scaled], known[key])
-        thins = []
-    place_all(thins, None)
+def _over_tokens(rows: Tensor, p: Tensor, matrix: Tensor, factor: Tensor | None, shards: Any) -> None:
+    """Write factor * p^T matrix into `rows`, summed over the tokens of all ranks; p [m, r], matrix [m, C]."""
+    if shards is None:
+        scaled_product(p.t(), matrix.t(), rows, factor)
+        return
+    mine = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    place_all([Thin(shards.sum(scaled_product(p.t(), matrix.t(), mine)), rows, True)], factor)

@@ -44,9 +44,7 @@ _HOMES = {
     "rotate": "rotation",
     "can_split": "splitting",
     "can_widen": "widening",
-    "can_sum": "summing",
     "split": "splitting",
-    "token_sums": "summing",
     "widen": "widening",
 }
 

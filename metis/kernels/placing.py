@@ -18,11 +18,8 @@ from metis.kernels.arguments import Thin, ceil_div, is_native
 from metis.kernels.elementary import exact_bf16_bits, round_to_bf16
 from metis.kernels.launching import Key, Launcher, Prepared, layout
 
-CANDIDATES = ((32, 64, 4), (32, 64, 8), (16, 64, 4), (32, 32, 4), (64, 32, 4), (64, 64, 8), (16, 32, 4))
+CANDIDATES = ((32, 64, 4), (32, 64, 8), (16, 64, 4), (32, 32, 4), (64, 32, 4), (64, 64, 8))
 """Rows, columns and warps of one program to choose from, the constant first."""
-
-_MAX_NUMBERS = 16384
-"""That a program of four warps holds at once, of all partial sums."""
 _CLASS_COLUMNS = 64
 
 
@@ -153,9 +150,7 @@ def _prepare(key: Key, first: Thin, second: Thin | None, factor: Tensor | None) 
     elements = sum(thin.out.numel() for thin in thins)
     shape = (ceil_div(elements, _CLASS_COLUMNS), _CLASS_COLUMNS)
     name = tuning.key_of("place", ["+".join(map(_variant, thins))], shape)
-    count = max(numbers[0] for numbers in (constants_a, constants_b))
-    fitting = tuple(c for c in CANDIDATES if count * c[0] * c[1] * 4 <= _MAX_NUMBERS * c[2])
-    return tuning.prepare(name, fitting, first.source.device, build)
+    return tuning.prepare(name, CANDIDATES, first.source.device, build)
 
 
 def _variant(thin: Thin) -> str:

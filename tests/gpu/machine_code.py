@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from kernel_code import Compiler, HopperDriver, compile_for_hardware
 
-from metis.kernels import arguments, projection, splitting, summing
+from metis.kernels import arguments, projection, splitting
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
@@ -98,8 +98,6 @@ def launches(full: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"split {size}", lambda x=x, v=v: splitting.split(x, v, 8)
                 beside = torch.empty(tokens, features + rank, dtype=torch.bfloat16)[:, features:]
                 yield f"split {size}, twice", lambda x=x, v=v, b=beside: splitting.split(x, v, 8, 1, b)
-        both = (x, p), (x, torch.empty(tokens, width, dtype=torch.bfloat16))
-        yield f"token sums {size} and of {width}", lambda pairs=both: summing.token_sums(*pairs)
         yield (
             f"residual {size}, F of {width}",
             lambda x=x, p=p, v=v, a=amax, f=f: projection.residual(x, p, v, a, f),

@@ -43,7 +43,6 @@ MINIMAL_CHECKS = {
     "added heads": 250,
     "split": 70,
     "widening": 24,
-    "token sums": 27,
     "large": 9,
 }
 """Comparisons per group: fewer means that a group lost inputs."""
