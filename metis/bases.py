@@ -115,7 +115,8 @@ class OperandBasis(nn.Module):
         self._in_use_soon: tuple[Tensor, Tensor] | None = None  # state.v, and what to copy to its place
 
     def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
-        return replace(whole, v=self.features.local_rows(whole.v), z=self.features.local_rows(whole.z))
+        v, z = (self.features.local_rows(value) for value in (whole.v, whole.z))
+        return algebra.at_rest(replace(whole, v=v, z=z))
 
     def _key(self, purpose: str) -> tuple[int, int]:
         return stream_key(self.seed, self.layer, self.operand, purpose)
@@ -384,11 +385,6 @@ class OperandBasis(nn.Module):
         """Follow the module to another device, but keep every dtype: z stays float64 under `.bfloat16()`."""
         device = fn(torch.empty(0, device=self.state.v.device)).device
         state = self.state
-        self.state = replace(
-            state,
-            v=state.v.to(device),
-            z=state.z.to(device),
-            gram=state.gram.to(device),
-            energies=state.energies.to(device),
-        )
+        names = "v", "z", "gram", "energies"
+        self.state = algebra.at_rest(replace(state, **{name: getattr(state, name).to(device) for name in names}))
         return self

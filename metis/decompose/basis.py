@@ -57,7 +57,8 @@ class BasisState:
 
     phase: see the module docstring. rank: columns of the basis in use, r <= K.
     v: [K, q] bf16; in phase warm the columns past r are zero.
-    z: [K, q] float64 and gram: [q, q] float64, sums since the last refresh. row_count: rows in them, over all
+    z: [K, q] float64 and gram: [q, q] float64, sums since the last refresh; a z without rows takes no memory
+    (`at_rest`) and, like all of these, is never written to. row_count: rows in them, over all
     ranks. last_refresh_step: optimizer step after which v was made, -1 for none. num_kept: refreshes that
     kept the old v. num_refreshes: those that made a new one
     since the last cold start. energies: [q] float64, singular values of V^T Z
@@ -94,7 +95,7 @@ def empty_state(
         phase="empty",
         rank=rank,
         v=initial_sketch_directions(key, num_features, width, device),
-        z=torch.zeros(num_features, width, dtype=torch.float64, device=device),
+        z=_zeros(num_features, width, torch.device(device)),
         gram=torch.zeros(width, width, dtype=torch.float64, device=device),
         energies=torch.zeros(width, dtype=torch.float64, device=device),
     )
@@ -275,7 +276,21 @@ def without_sketch(state: BasisState) -> BasisState:
     """Return the state with the rows sketched since the last refresh forgotten."""
     if state.row_count == 0:  # the sums are zero, and tensors of a state never change
         return state
-    return replace(state, z=torch.zeros_like(state.z), gram=torch.zeros_like(state.gram), row_count=0)
+    return at_rest(replace(state, gram=torch.zeros_like(state.gram), row_count=0))
+
+
+def at_rest(state: BasisState) -> BasisState:
+    """Return the state with a z that takes no memory where no rows have been sketched, as is the rule between
+    two refreshes.
+    """
+    if state.row_count > 0 or state.z.stride() == (0, 0):
+        return state
+    return replace(state, z=_zeros(*state.z.shape, state.z.device))
+
+
+def _zeros(num_features: int, width: int, device: torch.device) -> Tensor:
+    """Return a zero that is read as [K, q] float64."""
+    return torch.zeros(1, 1, dtype=torch.float64, device=device).expand(num_features, width)
 
 
 def largest_principal_angle(before: BasisState, after: BasisState) -> float | None:
@@ -307,7 +322,7 @@ def state_tensors(state: BasisState) -> dict[str, Tensor]:
     ]
     return {
         "v": _by_itself(state.v),
-        "z": state.z,
+        "z": state.z.contiguous(),
         "gram": state.gram,
         "energies": _by_itself(state.energies),
         "counters": torch.tensor(counters, dtype=torch.int64),
@@ -322,15 +337,17 @@ def _by_itself(made: Tensor) -> Tensor:
 def state_from_tensors(tensors: dict[str, Tensor]) -> BasisState:
     """Return the state that `state_tensors` wrote."""
     phase, rank, row_count, last_refresh_step, num_kept, num_refreshes = (int(c) for c in tensors["counters"])
-    return BasisState(
-        phase=_PHASES[phase],
-        rank=rank,
-        v=tensors["v"],
-        z=tensors["z"],
-        gram=tensors["gram"],
-        energies=tensors["energies"],
-        row_count=row_count,
-        last_refresh_step=last_refresh_step,
-        num_kept=num_kept,
-        num_refreshes=num_refreshes,
+    return at_rest(
+        BasisState(
+            phase=_PHASES[phase],
+            rank=rank,
+            v=tensors["v"],
+            z=tensors["z"],
+            gram=tensors["gram"],
+            energies=tensors["energies"],
+            row_count=row_count,
+            last_refresh_step=last_refresh_step,
+            num_kept=num_kept,
+            num_refreshes=num_refreshes,
+        )
     )

@@ -37,7 +37,12 @@ MAX_COLUMNS = 64
 _ALIGNMENT = 16
 """Of addresses in bytes and of rows in numbers: what Triton looks at, and then loads in the widest words."""
 
-_BLOCK_ROWS, _BLOCK_FEATURES, _NUM_WARPS, _NUM_STAGES = 64, 64, 4, 3
+_BLOCK_ROWS, _NUM_WARPS = 64, 4
+_NARROW_TILE, _WIDE_TILE = (64, 4), (128, 3)
+"""Features of a tile, and stages of the software pipeline; found on one H200."""
+
+_MOST_COLUMNS_OF_WIDE = 64
+"""Of V and F together, padded: more leave room for one program on a multiprocessor only."""
 
 
 @triton.jit
@@ -125,6 +130,7 @@ def _split_kernel(
     num_parts,
     IS_BF16: tl.constexpr,
     NATIVE: tl.constexpr,
+    EVEN_CHUNKS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BESIDE: tl.constexpr,
     NUM_CHUNKS: tl.constexpr,
@@ -139,7 +145,7 @@ def _split_kernel(
     x += row_start.to(tl.int64) * stride_r
     residual += row_start.to(tl.int64) * num_features
     total = project_rows(x, v, row_mask, stride_r, stride_v, rank, width, chunk, num_parts, IS_BF16, NATIVE,
-                         EVEN, NUM_CHUNKS, RANK, BLOCK_R, BLOCK_K)  # fmt: skip
+                         EVEN_CHUNKS, NUM_CHUNKS, RANK, BLOCK_R, BLOCK_K)  # fmt: skip
     rounded = round_to_bf16(total, NATIVE)
     if not EVEN:  # an infinity times no column of V is NaN
         rounded = tl.where((columns < rank)[None, :], rounded, 0.0)
@@ -267,13 +273,16 @@ def _prepare(
         )
     rank, num_f = v.shape[1], 0 if factor is None else factor.shape[1]
     chunk = width // num_chunks
-    is_even = num_rows % _BLOCK_ROWS == 0 and chunk % _BLOCK_FEATURES == 0
-    is_even = is_even and rank == padded(rank) and num_f == padded(num_f)
+    columns = padded(rank), padded(num_f)
+    is_wide = chunk > _NARROW_TILE[0] and sum(columns) <= _MOST_COLUMNS_OF_WIDE
+    block_features, num_stages = _WIDE_TILE if is_wide else _NARROW_TILE
+    is_even = num_rows % _BLOCK_ROWS == 0 and (rank, num_f) == columns
+    evens = is_even and chunk % block_features == 0, is_even and num_features % block_features == 0
     return _splits.prepare(
         key, (ceil_div(num_rows, _BLOCK_ROWS), 1),
         (num_rows, num_features, x.stride(0), v.stride(0), 0 if factor is None else factor.stride(0),
          0 if beside is None else beside.stride(0), rank, num_f, width, chunk, parts),
-        (x.dtype == torch.bfloat16, is_native(x), is_even, beside is not None, num_chunks, padded(rank),
-         padded(num_f), _BLOCK_ROWS, _BLOCK_FEATURES),
-        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+        (x.dtype == torch.bfloat16, is_native(x), *evens, beside is not None, num_chunks, *columns,
+         _BLOCK_ROWS, block_features),
+        num_warps=_NUM_WARPS, num_stages=num_stages,
     )  # fmt: skip

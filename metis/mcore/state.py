@@ -27,9 +27,9 @@ def recipe_linears(model_chunks: Iterable[nn.Module]) -> list[RecipeLinear]:
 
 
 def num_basis_bytes(model_chunks: Iterable[nn.Module]) -> int:
-    """Return what the bases of this rank and their sketches take, in bytes."""
+    """Return what the bases of this rank take between two refreshes, in bytes: V twice, kept and in use."""
     states = (basis.state for linear in recipe_linears(model_chunks) for basis in linear.core.bases.values())
-    return sum(tensor.nbytes for state in states for tensor in (state.v, state.z, state.gram))
+    return sum(2 * state.v.nbytes + state.gram.nbytes for state in states)
 
 
 def advance_model_bases(
