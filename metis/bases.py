@@ -38,7 +38,9 @@ MAX_WAITING_BYTES = 32 * 2**20
 @lru_cache(maxsize=1024)
 def _sample_size(config: BasisConfig, rank: int, num_window_tokens: int, num_rows: int) -> tuple[float, int]:
     """Return the probability of a row, and the places that a sample of num_rows rows gets."""
-    wanted = sampling.num_sampled_rows(num_window_tokens, config.row_sample_fraction, rank, config.oversample)
+    wanted = sampling.num_sampled_rows(
+        num_window_tokens, config.row_sample_fraction, rank, config.oversample, config.max_rows_per_column
+    )
     probability = sampling.sample_probability(wanted, num_window_tokens)
     places = sampling.row_capacity(num_rows, probability, config.num_pinned_rows)
     return probability, -(-places // 16) * 16

@@ -394,6 +394,13 @@ class BasisConfig:
             "doc": "share of the tokens of a step whose rows enter the power step, (0, 1]",
         },
     )
+    max_rows_per_column: int | None = field(
+        default=64,
+        metadata={
+            "range": "at least 4",
+            "doc": "limit of that share, rows per column of the sketch (rank + oversample); none: no limit",
+        },
+    )
     oversample: int = field(
         default=8, metadata={"range": "at least 0", "doc": "extra columns of the cold sketch, columns"}
     )
@@ -446,6 +453,12 @@ class BasisConfig:
             0 < self.row_sample_fraction <= 1,
             "basis.row_sample_fraction",
             f"must lie in (0, 1], received {self.row_sample_fraction}",
+        )
+        limit = self.max_rows_per_column
+        _require(
+            limit is None or limit >= 4,
+            "basis.max_rows_per_column",
+            f"must be at least 4, or none for no limit, received {limit}",
         )
         _require(
             self.oversample >= 0, "basis.oversample", f"must not be negative, received {self.oversample}"

@@ -41,10 +41,21 @@ def minimum_rows(rank: int, oversample: int) -> int:
     return ROWS_PER_COLUMN * (rank + oversample)
 
 
-def num_sampled_rows(num_window_tokens: int, row_sample_fraction: float, rank: int, oversample: int) -> int:
-    """Return the rows wanted of the l tokens of a step: min(l, max(ceil(fraction l), 4 (r + oversample)))."""
+def num_sampled_rows(
+    num_window_tokens: int,
+    row_sample_fraction: float,
+    rank: int,
+    oversample: int,
+    max_rows_per_column: int | None = None,
+) -> int:
+    """Return the rows wanted of the l tokens of a step: min(l, max(ceil(fraction l), 4 (r + oversample))).
+
+    The share of the tokens is at most max_rows_per_column (r + oversample) rows; None: whatever it is.
+    """
     # Rounded first: 0.07 * 100 is 7.000000000000001 in binary and must not become 8.
     by_fraction = math.ceil(round(row_sample_fraction * num_window_tokens, 6))
+    if max_rows_per_column is not None:
+        by_fraction = min(by_fraction, max_rows_per_column * (rank + oversample))
     return min(num_window_tokens, max(by_fraction, minimum_rows(rank, oversample)))
 
 

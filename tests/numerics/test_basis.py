@@ -229,6 +229,9 @@ def test_number_of_sampled_rows() -> None:
     assert num_sampled_rows(8192, 0.05, 16, 8) == 410
     assert num_sampled_rows(1000, 0.05, 16, 8) == 96 == minimum_rows(16, 8)
     assert num_sampled_rows(64, 0.05, 16, 8) == 64
+    assert num_sampled_rows(65536, 0.05, 16, 8, 64) == 1536 == 64 * (16 + 8)
+    assert num_sampled_rows(8192, 0.05, 16, 8, 64) == 410
+    assert num_sampled_rows(8192, 0.05, 16, 8, 1) == 96, "never below the minimum"
     assert num_sampled_rows(100, 0.07, 1, 0) == 7, "7.000000000000001 is 7"
 
 

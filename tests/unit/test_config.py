@@ -77,6 +77,7 @@ CHANGED_VALUES = {
     "*.head_placement": "merged",
     "basis.refresh_interval_steps": 2,
     "basis.row_sample_fraction": 1.0,
+    "basis.max_rows_per_column": 4,
     "basis.oversample": 0,
     "basis.num_pinned_rows": 0,
     "basis.num_cold_steps": 1,
@@ -204,7 +205,8 @@ def _base(path: str) -> Recipe:
         return Recipe(name="base", reparametrisation=config)
     if section == "basis":
         cell = CellConfig(quantizer=ROWS, split=SplitConfig(rank=RANK))
-        basis = BasisConfig(oversample=4, num_pinned_rows=4, row_sample_fraction=0.05)
+        fraction = 1.0 if leaf == "max_rows_per_column" else 0.05
+        basis = BasisConfig(oversample=4, num_pinned_rows=4, row_sample_fraction=fraction)
         return _uniform(ROWS, fprop_input=cell, wgrad_input=cell, basis=basis)
     if section == "spectral_learning_rate":
         cell = CellConfig(quantizer=ROWS, split=SplitConfig(rank=RANK))
@@ -395,7 +397,7 @@ def test_the_walk_knows_every_leaf():
     for pattern in (*REFUSED, *CHANGED_VALUES):
         assert any(fnmatch.fnmatchcase(path, pattern) for path in ALL_LEAVES), f"{pattern} is gone"
     quantizer, rank = 10, 5
-    split, section_leaves = rank + 3 + quantizer, {"basis": 7, "spectral": 6, "dual_range": 4}
+    split, section_leaves = rank + 3 + quantizer, {"basis": 8, "spectral": 6, "dual_range": 4}
     expected = 6 * (quantizer + split) + (rank + quantizer) + sum(section_leaves.values()) + 3
     assert len(ALL_LEAVES) == expected
 
@@ -661,6 +663,7 @@ def _spectral(**settings: Any) -> Recipe:
         (lambda: RankConfig(minimum=32, maximum=16), "minimum 32 and maximum 16"),
         (lambda: BasisConfig(refresh_interval_steps=0), "at least 1"),
         (lambda: BasisConfig(row_sample_fraction=1.5), r"must lie in \(0, 1\], received 1.5"),
+        (lambda: BasisConfig(max_rows_per_column=3), "must be at least 4, or none for no limit, received 3"),
         (lambda: BasisConfig(oversample=-1), "must not be negative"),
         (lambda: BasisConfig(num_pinned_rows=-1), "must not be negative"),
         (lambda: BasisConfig(num_cold_steps=0), "num_cold_steps: must be at least 1, received 0"),
