@@ -78,9 +78,13 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the checkout's commit and whether files differ from it; METIS_COMMIT without a repository."""
+    """Return the checkout's commit and whether files differ from it; METIS_COMMIT where this is no checkout,
+    as in a copy that lies in some other one.
+    """
     stated = os.environ.get("METIS_COMMIT")
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY.resolve():
+            return stated or "unknown"
         name = _git("rev-parse", "--short", "HEAD")
         edits = _git("status", "--porcelain", "--untracked-files=normal")
     except (OSError, subprocess.CalledProcessError):

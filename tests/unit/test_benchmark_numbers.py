@@ -112,11 +112,14 @@ def test_table_is_markdown_with_reasons_in_place_of_numbers():
 
 
 def test_commit_is_gits_with_edits_named_or_what_the_environment_states(monkeypatch):
-    answers = {"rev-parse": "abc1234", "status": " M file"}
-    monkeypatch.setattr(report, "_git", lambda *arguments: answers[arguments[0]])
+    answers = {"--short": "abc1234", "--show-toplevel": str(report.REPOSITORY), "--porcelain": " M file"}
+    monkeypatch.setattr(report, "_git", lambda *arguments: answers[arguments[1]])
+    monkeypatch.setenv("METIS_COMMIT", "def5678")
     assert report.commit() == "abc1234 with uncommitted edits"
-    answers["status"] = ""
+    answers["--porcelain"] = ""
     assert report.commit() == "abc1234"
+    answers["--show-toplevel"] = str(report.REPOSITORY.parent)
+    assert report.commit() == "def5678", "a copy in another repository is not of its commit"
 
     def no_repository(*arguments: str) -> str:
         raise subprocess.CalledProcessError(128, "git")
