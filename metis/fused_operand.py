@@ -97,7 +97,11 @@ def split(
     p = torch.empty(x.shape[0], v.shape[1], dtype=torch.bfloat16, device=x.device)
     amax = torch.empty((), dtype=torch.float32, device=x.device)
     kernels.fold(partials, out=p, other_out=beside, zeroed=amax)
-    residual, sums = kernels.residual(x, p, v, amax, factor)
+    if factor is None or kernels.is_aligned(v, factor):
+        residual, sums = kernels.residual(x, p, v, amax, factor)
+    else:
+        residual, _ = kernels.residual(x, p, v, amax)
+        sums = thin_sums(residual, factor)
     return p, amax, residual, sums
 
 

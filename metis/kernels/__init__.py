@@ -35,6 +35,7 @@ _HOMES = {
     "fold": "projection",
     "gemm_scales": "scales",
     "Thin": "arguments",
+    "is_aligned": "projection",
     "is_available": "availability",
     "place": "placing",
     "project": "projection",

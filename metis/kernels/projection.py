@@ -51,6 +51,9 @@ _WIDE_RESIDUAL_AND_PRODUCT_SHAPE: Shape = (64, 64, 4, 4, None)
 _MAX_RESIDUAL_CHUNKS, _MIN_TILES_PER_CHUNK = 8, 4
 """Programs that share a row of tiles, and tiles of each at least: every one writes sums of its own."""
 
+ALIGNMENT = 16
+"""Of addresses in bytes and of rows in numbers: what Triton looks at."""
+
 _MIN_DOT = 16
 _FOLD_BLOCK = 1024
 
@@ -420,7 +423,7 @@ def residual(
     x: [M, K] bf16 or fp32 (the dtype c of R), contiguous along K. p: [M, r], v: [K, r], factor: [K, q], all
     bf16, contiguous along r and q (p as a whole). amax: fp32 0-dim, raised to max |R| (NaN propagates). The
     product p v^T is summed in fp32 in ascending order of r; R is rounded once. Partial sums: fp32 [C, M, q]
-    for `fold`.
+    for `fold`. With a factor, V and F must be `is_aligned`.
     """
     if shape is None:
         shape = _residual_shape(v, factor)
@@ -460,6 +463,12 @@ def _prepare_residual(
         )
     if factor is not None:
         require_factors("residual", x, factor)
+        if not is_aligned(v, factor):
+            raise ShapeError(
+                "residual",
+                f"with a factor needs V and F whose columns and rows are multiples of {ALIGNMENT} numbers "
+                f"apart, received V {tuple(v.shape)} and F {tuple(factor.shape)}; project R by F instead",
+            )
     rank, num_f = v.shape[1], 0 if factor is None else factor.shape[1]
     block_rows, block_features, num_warps, num_stages, maxnreg = shape
     num_chunks = _num_residual_chunks(num_features, shape)
@@ -473,6 +482,19 @@ def _prepare_residual(
          block_rows, block_features),
         num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg,
     )  # fmt: skip
+
+
+def is_aligned(*factors: Tensor) -> bool:
+    """Whether the copy engine takes factors, in the widest words.
+
+    Of a loop with two products, of which one gets its factor through registers, ptxas 12.8 (Triton 3.6) makes
+    code that reads registers which nothing has written: wrong sums, or an illegal address.
+    tests/gpu/machine_code.py looks for that.
+    """
+    return all(
+        f.shape[1] % ALIGNMENT == 0 and f.stride(0) % ALIGNMENT == 0 and f.data_ptr() % ALIGNMENT == 0
+        for f in factors
+    )
 
 
 def padded(rank: int) -> int:

@@ -25,7 +25,7 @@ from metis.errors import ShapeError
 from metis.kernels.arguments import ceil_div, is_native
 from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, exact_bf16_bits, round_to_bf16
 from metis.kernels.launching import Key, Launcher, Prepared, layout
-from metis.kernels.projection import load_operand, padded, require_factors, subtract_head
+from metis.kernels.projection import ALIGNMENT, load_operand, padded, require_factors, subtract_head
 
 MIN_ROWS = 16384
 """256 tiles: about two for each of the 132 multiprocessors of a Hopper GPU."""
@@ -33,9 +33,6 @@ MIN_ROWS = 16384
 MAX_CHUNKS = 8
 MAX_COLUMNS = 64
 """Of V and of F, padded: what one program holds beside a tile without spilling."""
-
-_ALIGNMENT = 16
-"""Of addresses in bytes and of rows in numbers: what Triton looks at, and then loads in the widest words."""
 
 _BLOCK_ROWS, _NUM_WARPS = 64, 4
 _NARROW_TILE, _WIDE_TILE = (64, 4), (128, 3)
@@ -213,7 +210,7 @@ def _is_covered(*tensors: Tensor | None) -> bool:
     if tensors[0] is None or tensors[0].dtype != torch.bfloat16:
         return False
     return all(
-        t is None or (t.stride(0) % _ALIGNMENT == 0 and t.data_ptr() % _ALIGNMENT == 0) for t in tensors
+        t is None or (t.stride(0) % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0) for t in tensors
     ) and all(t is None or padded(t.shape[1]) <= MAX_COLUMNS for t in tensors[1:])
 
 
@@ -257,7 +254,7 @@ def _prepare(
     if not _is_covered(x, v, factor):
         raise ShapeError(
             "split",
-            f"needs bf16 matrices whose rows and addresses are multiples of {_ALIGNMENT}, and up to "
+            f"needs bf16 matrices whose rows and addresses are multiples of {ALIGNMENT}, and up to "
             f"{MAX_COLUMNS} columns, received x {tuple(x.shape)} {x.dtype}, v {tuple(v.shape)} and factor "
             f"{None if factor is None else tuple(factor.shape)}; use project, fold and residual",
         )

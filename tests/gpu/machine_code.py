@@ -98,10 +98,11 @@ def launches(full: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"split {size}", lambda x=x, v=v: splitting.split(x, v, 8)
                 beside = torch.empty(tokens, features + rank, dtype=torch.bfloat16)[:, features:]
                 yield f"split {size}, twice", lambda x=x, v=v, b=beside: splitting.split(x, v, 8, 1, b)
-        yield (
-            f"residual {size}, F of {width}",
-            lambda x=x, p=p, v=v, a=amax, f=f: projection.residual(x, p, v, a, f),
-        )
+        if projection.is_aligned(v, f):
+            yield (
+                f"residual {size}, F of {width}",
+                lambda x=x, p=p, v=v, a=amax, f=f: projection.residual(x, p, v, a, f),
+            )
         if splitting.can_split(x, v, f, 8):
             yield f"split {size}, F of {width}", lambda x=x, v=v, f=f: splitting.split(x, v, 8, 1, None, f)
 

@@ -93,6 +93,7 @@ SPLIT = [
     _split(RECIPES["nvfp4_forward_bf16"], *EVERYTHING),
     _split(RECIPES["nvfp4_backward_bf16"], *EVERYTHING),
     _rotated(_split(RECIPES["nvfp4_direct"], *EVERYTHING), "dgrad"),
+    replace(_split(RECIPES["nvfp4_direct"], *EVERYTHING, rank=RankConfig(fixed=24)), name="rank 24"),
 ]
 _MERGED = {"head_placement": "merged"}
 MERGED = [
