@@ -266,9 +266,7 @@ class OperandBasis(nn.Module):
             self._pending = None
         return pending
 
-    def take_in(
-        self, found: Sketch | None, num_rows: int, made: Made | None, step: int
-    ) -> None:
+    def take_in(self, found: Sketch | None, num_rows: int, made: Made | None, step: int) -> None:
         """Add a step's sketch, summed over ranks; renew the basis if enough rows have been sketched.
 
         found: may be None where `made` is used. made: what a warm refresh makes; None: find it.
@@ -388,5 +386,6 @@ class OperandBasis(nn.Module):
         device = fn(torch.empty(0, device=self.state.v.device)).device
         state = self.state
         names = "v", "z", "gram", "energies"
-        self.state = algebra.at_rest(replace(state, **{name: getattr(state, name).to(device) for name in names}))
+        moved = {name: getattr(state, name).to(device) for name in names}
+        self.state = algebra.at_rest(replace(state, **moved))
         return self

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metis.config import BasisConfig
 from metis.decompose.basis import (
     BasisState,
     accumulate,
@@ -51,6 +52,7 @@ RANK, OVERSAMPLE, INTERVAL = 16, 8, 8
 MAX_RATIO_96_ROWS = 1.11  # measured 1.088 to 1.105 over 3 seeds, 4 refreshes; theory sqrt(1 + 16 / (96 - 16))
 MAX_RATIO_TENTH_OF_ROWS = 1.025  # measured worst 1.020
 MAX_RATIO_ALL_ROWS = 1.002  # measured 1.0008, the bf16 rounding of P and V
+MAX_RATIO_LIMITED_ROWS = 1.01  # 64 per column; measured 1.0060 and 1.0065 (256: 1.0026, 1.0027)
 MAX_BF16_GRAM_ERROR = 6e-3  # |V^T V - I| of orthonormal columns rounded to bf16; measured worst 4.6e-3
 
 
@@ -233,6 +235,23 @@ def test_number_of_sampled_rows() -> None:
     assert num_sampled_rows(8192, 0.05, 16, 8, 64) == 410
     assert num_sampled_rows(8192, 0.05, 16, 8, 1) == 96, "never below the minimum"
     assert num_sampled_rows(100, 0.07, 1, 0) == 7, "7.000000000000001 is 7"
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_more_rows_than_the_limit_do_not_make_a_better_basis(decay: float) -> None:
+    """Subspace iteration on fresh samples of that many rows; energies fall as a power, four of them above."""
+    num_rows = num_sampled_rows(10**6, 0.05, RANK, OVERSAMPLE, BasisConfig().max_rows_per_column)
+    num_features = 384
+    scales = torch.arange(1, num_features + 1, dtype=torch.float64) ** -decay
+    scales[:4] *= 5
+    axes = torch.linalg.qr(_normal(num_features, num_features, seed=0))[0] * scales
+    whole = _normal(8192, num_features, seed=1) @ axes.T
+    optimal = torch.linalg.svdvals(whole)[RANK:].norm()
+    v = torch.linalg.qr(_normal(num_features, RANK, seed=2))[0]
+    for step in range(12):
+        x = _normal(num_rows, num_features, seed=3 + step) @ axes.T
+        v = torch.linalg.qr(sketch(x, x @ v)[0])[0]
+    assert (whole - (whole @ v) @ v.T).norm() < MAX_RATIO_LIMITED_ROWS * optimal
 
 
 def test_bernoulli_sample_reaches_the_rows_wanted_and_is_uniform() -> None:
