@@ -7,7 +7,8 @@ picked in its passes and nothing computed from them; `metis.renewal` does that a
 all bases of a model at once.
 
 Traps:
-* Rows put aside take memory: those of a basis are sketched as soon as they exceed `MAX_WAITING_BYTES`.
+* Rows put aside take memory: those of a basis are sketched as soon as they exceed `MAX_WAITING_BYTES`, in a
+  CUDA graph by the V in use (a cold basis, whose directions are another tensor every time, keeps its rows).
 * Tensors of a state never change in place; `active` does. Those of new bases are pieces of larger ones.
 
 Shape letters: n sampled rows, M rows of a microbatch, K features, r rank, q columns of a sketch.
@@ -16,7 +17,7 @@ Shape letters: n sampled rows, M rows of a microbatch, K features, r rank, q col
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -57,10 +58,19 @@ def picks_by_kernel(x: Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A basis as `metis.renewal` reads it, its V in a place that stays, [K, r]."""
+
+    operand: str
+    ordered: bool
+    features: Axis
+    config: BasisConfig
+    state: algebra.BasisState
+
+
 def _is_captured(x: Tensor) -> bool:
-    """Whether launches are being recorded instead of made; a sketch reads state that a replay would not
-    find again.
-    """
+    """Whether launches are being recorded instead of made."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -246,18 +256,33 @@ class OperandBasis(nn.Module):
         pending = self._pending
         pending.shards = shards if shards is not None and shards.is_sharded else None
         pending.rows.append(rows)
-        waiting = sum(waiting.nbytes for waiting in pending.rows)
-        if waiting > MAX_WAITING_BYTES and not _is_captured(rows):
+        if sum(waiting.nbytes for waiting in pending.rows) <= MAX_WAITING_BYTES:
+            return
+        if not _is_captured(rows):
             sketch_pending([(self, pending)])
+        elif self.state.phase == "warm":
+            sketch_pending([(self.stand_in(), pending)])
 
     def add_weight(self, weight: Tensor, rows: Axis) -> None:
         """Put all rows of w [N_local, K_local] aside for this step's sketch."""
         is_shared = rows.is_sharded and self.config.tp_mode != "local"
         self._pending = Pending(rows=[weight], shards=rows if is_shared else None)  # read without gradients
 
+    def stand_in(self) -> StandIn:
+        """Return what a captured computation reads of a warm basis; replays find the basis then in use."""
+        assert self.state.phase == "warm"
+        return StandIn(
+            operand=self.operand,
+            ordered=self.ordered,
+            features=self.features,
+            config=self.config,
+            state=replace(self.state, v=self.active),
+        )
+
     def put_aside(self, pending: Pending) -> None:
         """Have for this step's sketch what an earlier `take_pending` returned, which stays as it is."""
-        self._pending = replace(pending, rows=list(pending.rows))
+        found = None if pending.sketch is None else replace(pending.sketch)
+        self._pending = replace(pending, rows=list(pending.rows), sketch=found)
 
     def take_pending(self) -> Pending | None:
         """Return what this step has for the next basis, and forget it."""

@@ -47,6 +47,10 @@ class Renewable(Protocol):
     num_rows_needed: int
     active: Tensor | None
 
+    def stand_in(self) -> Any:
+        """Return what a captured computation reads of it."""
+        ...
+
     def take_pending(self) -> Any:
         """Return this step's rows and sketches, and forget them."""
         ...

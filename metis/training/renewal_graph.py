@@ -12,6 +12,7 @@ not kept: where one is wanted after all (a basis cannot be renewed), everything 
 Traps:
 * The first regular renewal is launched: libraries set themselves up then.
 * Rows of a step that was launched lie elsewhere every time; such a renewal is launched, and the graphs stay.
+  So is one of rows that were too many to keep and have been sketched within the step.
 * NCCL wants a message captured on all of its ranks or on none. Phases, counts, verdicts and the kinds of
   steps are the same on all ranks that share one.
 """
@@ -26,25 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metis.config import BasisConfig
-from metis.decompose.basis import BasisState
 from metis.errors import ConfigError
-from metis.operand import Axis
 from metis.renewal import Outcome, Work, compute_outcome
 
 MAX_GRAPHS = 4
 """Sets of rows that have a graph; the one that was captured first goes first."""
-
-
-@dataclass(frozen=True, slots=True)
-class _StandIn:
-    """A basis as `compute_outcome` reads it, its V in a place that stays, [K, r]."""
-
-    operand: str
-    ordered: bool
-    features: Axis
-    config: BasisConfig
-    state: BasisState
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +92,7 @@ class RenewalGraphs:
         )
 
     def _capture(self, work: Work, token_group: Any, rows: tuple[Tensor, ...]) -> _Captured:
-        stand_ins = [
-            (
-                _StandIn(
-                    operand=basis.operand,
-                    ordered=basis.ordered,
-                    features=basis.features,
-                    config=basis.config,
-                    state=replace(basis.state, v=basis.active),
-                ),
-                replace(pending, rows=list(pending.rows)),
-            )
-            for basis, pending in work
-        ]
+        stand_ins = [(basis.stand_in(), replace(pending, rows=list(pending.rows))) for basis, pending in work]
         graph = torch.cuda.CUDAGraph()
         dist.barrier()
         torch.cuda.synchronize()

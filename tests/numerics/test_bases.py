@@ -125,6 +125,34 @@ def test_limits_of_memory_do_not_change_the_bases(limit: str, monkeypatch: pytes
     _assert_equal_bases(model.states(), expected)
 
 
+def test_rows_too_many_to_keep_are_sketched_inside_a_graph_by_the_basis_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Once it is warm: the V of a state is another tensor after every renewal, its place is not."""
+    expected = _trained(Model(3), 16).states()
+    monkeypatch.setattr(bases, "MAX_WAITING_BYTES", 0)
+    monkeypatch.setattr(bases, "_is_captured", lambda rows: True)
+    read: list[Tensor] = []
+    taken = bases.sketch_pending
+    monkeypatch.setattr(bases, "sketch_pending", lambda work: read.append(work[0][0].state.v) or taken(work))
+    model = Model(3)
+    for number in range(16):
+        model.step(number)
+        assert bool(read) == (number % 8 == 7), number
+        own = [basis for layer in model.layers for _, basis in layer.core.own_bases()]
+        places = {id(basis.active) for basis in own}
+        assert {id(v) for v in read} <= places
+        waiting = [basis.take_pending() for basis in own]
+        for basis, pending in zip(own, waiting, strict=True):
+            if pending is not None and number == 7:
+                assert len(pending.rows) == 0 and pending.sketch is not None
+            if pending is not None:
+                basis.put_aside(pending)
+        model.advance(number)
+        read.clear()
+    _assert_equal_bases(model.states(), expected)
+
+
 def test_a_warm_refresh_asks_the_host_once_and_grows_little_with_layers(monkeypatch: pytest.MonkeyPatch):
     counts: list[int] = []
     reads: list[Tensor] = []
@@ -222,11 +250,14 @@ def test_what_was_put_aside_can_be_put_aside_again():
     basis = model.layers[0].core.bases["input"]
     left = basis.take_pending()
     assert left is not None and basis.take_pending() is None
-    rows = list(left.rows)
+    left.sketch = renewal.Sketch(torch.ones(3), torch.ones(2), 4)
+    rows, z = list(left.rows), left.sketch.z
     basis.put_aside(left)
     taken = basis.take_pending()
     taken.rows.clear()
+    taken.sketch.z = taken.sketch.z * 2  # a sum over ranks takes its place
     assert [id(row) for row in left.rows] == [id(row) for row in rows] and rows
+    assert left.sketch.z is z
 
 
 def test_states_for_a_file_do_not_bring_their_group():
