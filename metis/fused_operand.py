@@ -3,7 +3,8 @@
 One idea: an operand is written once, as the product reads it: codes times block scales in the wide buffer of
 `metis.fused_linear`, thin factors in the columns or rows beside them. Where ranks hold shards of its tokens
 each projects and quantises its own, codes, scales and thin factors travel in one message, and what arrives is
-decoded into the same buffer: the bits are those of an operand that was never cut.
+decoded into the same buffer: the bits of codes, P and heads are those of an operand that was never cut. (Sums
+R F are fp32, and how many pieces they are of depends on the rows held here.)
 
 Traps: amaxes are reduced before they are used or kept, never again. P and R must not depend on the layout, so
 partial sums are gathered and added as a tree, not summed by the library.
@@ -22,12 +23,11 @@ from torch import Tensor
 from metis import kernels
 from metis.config import CellConfig, QuantizerConfig
 from metis.decompose.projector import num_chunks_for
-from metis.errors import ConfigError
 from metis.formats import as_float32
 from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.fused import kernel_quantize, scale_target, sign_vector
 from metis.kernels import GemmScales, KernelNoise, KernelOutput, Thin
-from metis.operand import Axis
+from metis.operand import Axis, num_chunks_held
 
 _ALIGNMENT = 16
 """Bytes at whose multiples the parts of a message begin, so that kernels may read them in wide words."""
@@ -82,16 +82,10 @@ def split(
     basis = plan.recipe.basis
     assert basis is not None
     features = features.alone() if basis.tp_mode == "local" else features
-    total = num_chunks_for(features.size // features.parts, basis.num_canonical_chunks)
-    if total % features.num_shards:
-        raise ConfigError(
-            "basis.num_canonical_chunks",
-            f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
-            f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
-        )
-    if not features.is_sharded and kernels.can_split(x, v, factor, total):
-        return kernels.split(x, v, total, features.parts, beside, factor)
-    partials = kernels.project(x, v, total // features.num_shards, features.parts)
+    num_chunks = num_chunks_held(features, basis.num_canonical_chunks)
+    if not features.is_sharded and kernels.can_split(x, v, factor, num_chunks):
+        return kernels.split(x, v, num_chunks, features.parts, beside, factor)
+    partials = kernels.project(x, v, num_chunks, features.parts)
     if features.is_sharded:
         partials = features.gather_stacked(kernels.fold(partials, dtype=torch.float32))
     p = torch.empty(x.shape[0], v.shape[1], dtype=torch.bfloat16, device=x.device)

@@ -150,6 +150,15 @@ def coefficients(x: Tensor, v: Tensor, features: Axis, num_chunks: int, tp_mode:
     """
     if tp_mode == "fast":
         return features.sum(x.to(torch.float32) @ v.to(torch.float32)).to(torch.float64)
+    partials = chunk_partials(x, v, num_chunks_held(features, num_chunks), features.parts)
+    return tree_sum(torch.stack(features.gather(tree_sum(partials))))
+
+
+def num_chunks_held(features: Axis, num_chunks: int) -> int:
+    """Return the canonical chunks of a feature axis that one of its ranks holds.
+
+    Raises ConfigError where the ranks do not divide them.
+    """
     total = num_chunks_for(features.size // features.parts, num_chunks)
     if total % features.num_shards:
         raise ConfigError(
@@ -157,8 +166,7 @@ def coefficients(x: Tensor, v: Tensor, features: Axis, num_chunks: int, tp_mode:
             f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
             f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
         )
-    partials = chunk_partials(x, v, total // features.num_shards, features.parts)
-    return tree_sum(torch.stack(features.gather(tree_sum(partials))))
+    return total // features.num_shards
 
 
 def token_mean(x: Tensor, tokens: Axis) -> Tensor:

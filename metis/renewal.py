@@ -30,10 +30,9 @@ from metis import kernels
 from metis.config import BasisConfig
 from metis.decompose import basis as algebra
 from metis.decompose.orthonormal import orthonormal_columns
-from metis.decompose.projector import num_chunks_for, tree_sum
+from metis.decompose.projector import tree_sum
 from metis.decompose.sketch import directions_in_chunks, in_chunks, sketch, sketch_in_chunks
-from metis.errors import ConfigError
-from metis.operand import Axis
+from metis.operand import Axis, num_chunks_held
 
 
 class Renewable(Protocol):
@@ -216,8 +215,8 @@ def _sketch_group(group: Work) -> None:
     num_features, num_columns = basis.features.local_size, basis.state.num_sketch_columns
     pieces = [pending.rows for _, pending in group]
     num_rows, width = sum(rows.shape[0] for rows in pieces[0]), pieces[0][0].shape[1]
-    by_kernel = basis.config.tp_mode != "fast" and num_rows > 0 and kernels.can_widen(pieces[0][0])
     every = [rows for its in pieces for rows in its]
+    by_kernel = basis.config.tp_mode != "fast" and num_rows > 0 and all(map(kernels.can_widen, every))
     v_GKq = basis.state.v[None] if num_bases == 1 else torch.stack([basis.state.v for basis, _ in group])
     counts: Sequence[Tensor | int] = [num_rows] * num_bases
     x_GnK = marks_Gn = None
@@ -253,7 +252,7 @@ def _sums(x_blocks: Sequence[Tensor], v_GKq: Tensor, basis: Renewable) -> tuple[
     if basis.config.tp_mode == "fast":
         v_GKq = v_GKq.to(torch.float32)
         return _added(sketch(x, features.sum(x.to(torch.float32) @ v_GKq)) for x in x_blocks)
-    num_chunks = _num_local_chunks(basis)
+    num_chunks = num_chunks_held(features, basis.config.num_canonical_chunks)
     chunks = (in_chunks(x_GnK, num_chunks, features.parts) for x_GnK in x_blocks)
     return _sums_of_chunks(chunks, num_chunks, v_GKq, basis)
 
@@ -262,26 +261,14 @@ def _sums_by_kernel(
     pieces: Sequence[Sequence[Tensor]], num_rows: int, height: int, v_GKq: Tensor, basis: Renewable
 ) -> tuple[Tensor, Tensor]:
     """The same, of the matrices in which the rows of every basis lie, `height` rows of each at a time."""
-    features, num_chunks = basis.features, _num_local_chunks(basis)
+    features = basis.features
+    num_chunks = num_chunks_held(features, basis.config.num_canonical_chunks)
     chunks = (
         kernels.widen(pieces, start, min(start + height, num_rows), features.local_size, features.parts,
                       num_chunks)
         for start in range(0, num_rows, height)
     )  # fmt: skip
     return _sums_of_chunks(chunks, num_chunks, v_GKq, basis)
-
-
-def _num_local_chunks(basis: Renewable) -> int:
-    """Return the canonical chunks of the feature axis that are held here."""
-    features, config = basis.features, basis.config
-    total = num_chunks_for(features.size // features.parts, config.num_canonical_chunks)
-    if total % features.num_shards:
-        raise ConfigError(
-            "basis.num_canonical_chunks",
-            f"must be a multiple of the tensor-parallel size, received {total} chunks (of an axis of "
-            f"{features.size}) and {features.num_shards} ranks; raise the setting or lower the parallel size",
-        )
-    return total // features.num_shards
 
 
 def _sums_of_chunks(

@@ -143,7 +143,9 @@ def position_words(position: NoisePosition, device: torch.device) -> Tensor:
     """
     words = position.words
     if words is None:
-        return _fixed_position_words(position.microbatch, position.step, device)
+        # Of each stream by itself: launches of another one need not have written them yet.
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        return _fixed_position_words(position.microbatch, position.step, device, stream)
     if words.device != device:
         raise ConfigError(
             "NoisePosition words", f"must lie where the kernel runs, on {device}, received {words.device}"
@@ -152,7 +154,7 @@ def position_words(position: NoisePosition, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _fixed_position_words(microbatch: int, step: int, device: torch.device) -> Tensor:
+def _fixed_position_words(microbatch: int, step: int, device: torch.device, stream: int) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ConfigError(
             "NoisePosition words", "must be given inside a CUDA graph: every replay would draw the same bits"

@@ -88,42 +88,6 @@ def _widened(raw, IS_BF16: tl.constexpr):
 
 
 @triton.jit
-def project_chunk(
-    x,
-    v,
-    index,
-    row_mask,
-    stride_r,
-    stride_v,
-    rank,
-    width,
-    chunk,
-    num_parts,
-    IS_BF16: tl.constexpr,
-    NATIVE: tl.constexpr,
-    EVEN: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Return x V over chunk `index` of every part, fp32 [BLOCK_R, RANK]; x begins at the tile's first row."""
-    rows, columns, block = tl.arange(0, BLOCK_R), tl.arange(0, RANK), tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
-    for part in range(num_parts):
-        first = part * width + index * chunk
-        for start in range(0, chunk, BLOCK_K):
-            mask = start + block < chunk
-            tile = load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
-                                 row_mask & mask[None, :], IS_BF16, NATIVE, EVEN)  # fmt: skip
-            basis = load_operand(v + (first + start).to(tl.int64) * stride_v,
-                                  block[:, None] * stride_v + columns[None, :],
-                                  mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
-                                  EVEN)  # fmt: skip
-            total = tl.dot(tile, basis, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
 def _project_kernel(
     x,
     v,
@@ -147,8 +111,19 @@ def _project_kernel(
     row_mask = (row_start + rows < num_rows)[:, None]
     # Long distances are scalars: a tile's own offsets fit 32 bits, and registers are short.
     x += row_start.to(tl.int64) * stride_r
-    total = project_chunk(x, v, tl.program_id(1), row_mask, stride_r, stride_v, rank, width, chunk, num_parts,
-                          IS_BF16, NATIVE, EVEN, RANK, BLOCK_R, BLOCK_K)  # fmt: skip
+    block = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_R, RANK], dtype=tl.float32)
+    for part in range(num_parts):
+        first = part * width + tl.program_id(1) * chunk
+        for start in range(0, chunk, BLOCK_K):
+            mask = start + block < chunk
+            tile = load_operand(x + (first + start), rows[:, None] * stride_r + block[None, :],
+                                row_mask & mask[None, :], IS_BF16, NATIVE, EVEN)  # fmt: skip
+            basis = load_operand(v + (first + start).to(tl.int64) * stride_v,
+                                 block[:, None] * stride_v + columns[None, :],
+                                 mask[:, None] & (columns < rank)[None, :], True, NATIVE and IS_BF16,
+                                 EVEN)  # fmt: skip
+            total = tl.dot(tile, basis, total, input_precision="ieee")
     partials += tl.program_id(1).to(tl.int64) * num_rows * rank + row_start.to(tl.int64) * rank
     tl.store(partials + rows[:, None] * rank + columns[None, :], total,
              mask=row_mask & (columns < rank)[None, :])  # fmt: skip
@@ -484,16 +459,16 @@ def _prepare_residual(
     )  # fmt: skip
 
 
-def is_aligned(*factors: Tensor) -> bool:
-    """Whether the copy engine takes factors, in the widest words.
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether the copy engine takes matrices, in the widest words.
 
     Of a loop with two products, of which one gets its factor through registers, ptxas 12.8 (Triton 3.6) makes
     code that reads registers which nothing has written: wrong sums, or an illegal address.
     tests/gpu/machine_code.py looks for that.
     """
     return all(
-        f.shape[1] % ALIGNMENT == 0 and f.stride(0) % ALIGNMENT == 0 and f.data_ptr() % ALIGNMENT == 0
-        for f in factors
+        m.shape[1] % ALIGNMENT == 0 and m.stride(0) % ALIGNMENT == 0 and m.data_ptr() % ALIGNMENT == 0
+        for m in matrices
     )
 
 

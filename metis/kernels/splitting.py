@@ -25,7 +25,14 @@ from metis.errors import ShapeError
 from metis.kernels.arguments import ceil_div, is_native
 from metis.kernels.elementary import EXPONENT_BITS, QUIET_NAN_BITS, exact_bf16_bits, round_to_bf16
 from metis.kernels.launching import Key, Launcher, Prepared, layout
-from metis.kernels.projection import ALIGNMENT, load_operand, padded, require_factors, subtract_head
+from metis.kernels.projection import (
+    ALIGNMENT,
+    is_aligned,
+    load_operand,
+    padded,
+    require_factors,
+    subtract_head,
+)
 
 MIN_ROWS = 16384
 """256 tiles: about two for each of the 132 multiprocessors of a Hopper GPU."""
@@ -207,11 +214,9 @@ def _is_covered(*tensors: Tensor | None) -> bool:
     What goes through registers instead is compiled wrongly by ptxas 12.8, which tests/gpu/machine_code.py
     finds at 200 features and at a matrix that begins one number late.
     """
-    if tensors[0] is None or tensors[0].dtype != torch.bfloat16:
-        return False
-    return all(
-        t is None or (t.stride(0) % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0) for t in tensors
-    ) and all(t is None or padded(t.shape[1]) <= MAX_COLUMNS for t in tensors[1:])
+    given = [t for t in tensors if t is not None]
+    is_bf16 = all(t.dtype == torch.bfloat16 for t in given)
+    return is_bf16 and is_aligned(*given) and all(padded(t.shape[1]) <= MAX_COLUMNS for t in given[1:])
 
 
 def split(
@@ -254,8 +259,8 @@ def _prepare(
     if not _is_covered(x, v, factor):
         raise ShapeError(
             "split",
-            f"needs bf16 matrices whose rows and addresses are multiples of {ALIGNMENT}, and up to "
-            f"{MAX_COLUMNS} columns, received x {tuple(x.shape)} {x.dtype}, v {tuple(v.shape)} and factor "
+            f"needs bf16 matrices whose sizes, strides and addresses are multiples of {ALIGNMENT}, and up "
+            f"to {MAX_COLUMNS} columns, received x {tuple(x.shape)} {x.dtype}, v {tuple(v.shape)} and factor "
             f"{None if factor is None else tuple(factor.shape)}; use project, fold and residual",
         )
     if factor is not None:

@@ -60,7 +60,11 @@ def can_widen(rows: Tensor) -> bool:
     """Whether `widen` takes such matrices: on a GPU (or under the interpreter), of a narrow type."""
     from metis.kernels.availability import is_available
 
-    return rows.dtype in INPUT_DTYPES and rows.stride(-1) == 1 and is_available(rows.device)
+    return _is_readable(rows) and is_available(rows.device)
+
+
+def _is_readable(rows: Tensor) -> bool:
+    return rows.dtype in INPUT_DTYPES and rows.dim() == 2 and rows.stride(1) == 1
 
 
 def widen(
@@ -84,6 +88,12 @@ def widen(
     for matrices, places in zip(bases, out.unbind(), strict=True):
         begin = 0
         for matrix in matrices:
+            if not _is_readable(matrix):
+                raise ShapeError(
+                    "widen",
+                    "needs bf16, fp16 or fp32 matrices contiguous along their columns, received "
+                    f"{matrix.dtype} {tuple(matrix.shape)} with strides {matrix.stride()}",
+                )
             wanted = matrix[max(0, start - begin) : max(0, stop - begin)]
             if wanted.shape[0]:
                 row = max(begin, start) - start

@@ -161,6 +161,8 @@ class StepGraphs:
         oldest = self._kinds.pop(next(iter(self._kinds)))
         if oldest is not None:
             oldest.graph.reset()
+            self.renewals.forget(rows for basis, left in oldest.pending if basis.operand != "weight"
+                                 for rows in left.rows)  # fmt: skip
         if not any(self._kinds.values()):
             self.renewals.release()
             self._pool = None
@@ -178,7 +180,8 @@ class StepGraphs:
         if not are_same(owners, self._owners):
             self.release()
             self._owners = owners
-        sketched = tuple(basis.wants_sketch(self.clock.step) for basis in bases)
+        # Of a warm basis and of a cold one other sums may be made.
+        sketched = tuple(basis.wants_sketch(self.clock.step) and basis.state.phase for basis in bases)
         return tuple(map(_layout, batches)), self.clock.num_tokens_per_step, sketched
 
     def _stage(self, batches: list[Batch]) -> _Staged:

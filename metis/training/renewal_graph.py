@@ -30,11 +30,11 @@ from torch import Tensor
 from metis.errors import ConfigError
 from metis.renewal import Outcome, Work, compute_outcome
 
-MAX_GRAPHS = 4
-"""Sets of rows that have a graph; the one that was captured first goes first."""
+MAX_GRAPHS = 8
+"""Sets of rows that have a graph: as many as kinds of steps. The one used the longest ago goes first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Captured:
     """A graph, the rows and weights that it reads, and what it makes."""
 
@@ -65,17 +65,26 @@ class RenewalGraphs:
             self._owners = owners
         rows = tuple(rows for _, pending in work for rows in pending.rows)
         captured = next((c for c in self._captured if are_same(c.rows, rows)), None)
-        if captured is None:
+        if captured is not None:
+            self._captured.remove(captured)
+        else:
             layout = tuple(tuple(r.shape for r in pending.rows) for _, pending in work)
             if layout != self._launched or not self._will_last(work):
                 self._launched = layout
                 return compute_outcome(work, token_group)
             captured = self._capture(work, token_group, rows)
-            self._captured.append(captured)
-            if len(self._captured) > MAX_GRAPHS:
-                self._captured.pop(0).graph.reset()
+        self._captured.append(captured)
+        if len(self._captured) > MAX_GRAPHS:
+            self._captured.pop(0).graph.reset()
         captured.graph.replay()
         return _with_copies(captured.outcome, work)
+
+    def forget(self, rows: Iterable[Tensor]) -> None:
+        """Let go of graphs that read rows which nothing will write again."""
+        gone = {id(its) for its in rows}
+        for captured in [c for c in self._captured if any(id(its) in gone for its in c.rows)]:
+            captured.graph.reset()
+            self._captured.remove(captured)
 
     def release(self) -> None:
         """Let go of all graphs, whoever still holds what they have made, and of the bases."""

@@ -42,7 +42,7 @@ MINIMAL_CHECKS = {
     "decoding": 30,
     "added heads": 250,
     "split": 70,
-    "widening": 24,
+    "widening": 26,
     "large": 9,
 }
 """Comparisons per group: fewer means that a group lost inputs."""

@@ -199,6 +199,24 @@ def test_rows_that_lie_elsewhere_are_launched_and_the_graph_stays(graphs: type[R
     assert graph.num_replays == 3 and not graph.is_reset
 
 
+def test_a_graph_goes_with_the_rows_that_it_reads(graphs: type[RerunGraph]) -> None:
+    model = Model()
+    compute = RenewalGraphs(lambda: None, lambda: model.rows)
+    for step in range(5):
+        model.fill(step)
+        model.renew(step, compute)
+    (graph,) = graphs.made
+    compute.forget([model.rows[0].clone()])
+    assert not graph.is_reset
+    compute.forget([model.rows[0]])
+    assert graph.is_reset
+    model.rows = [rows.clone() for rows in model.rows]
+    for step in range(5, 7):
+        model.fill(step)
+        model.renew(step, compute)
+    assert len(graphs.made) == 2 and graphs.made[1].num_replays == 2
+
+
 def test_every_set_of_rows_that_lasts_has_a_graph_up_to_some(graphs: type[RerunGraph]) -> None:
     model = Model()
     places = [[rows.clone() for rows in model.rows] for _ in range(MAX_GRAPHS + 1)]
