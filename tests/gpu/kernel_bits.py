@@ -578,7 +578,8 @@ def check_widening(ledger: Ledger) -> None:
     if ledger.device.startswith("cuda"):
         cases += [(1, (6144,), 4096, 1, 8), (4, (400, 368), 2048, 2, 8), (2, (1000,), 14336, 1, 8)]
     for name, matrix in (("turned", torch.zeros(16, 8).t()), ("float64", torch.zeros(8, 16).double())):
-        ledger.same(f"{name} matrices", torch.tensor(kernels.can_widen(ledger.put(matrix))), torch.tensor(False))
+        taken = kernels.can_widen(ledger.put(matrix))
+        ledger.same(f"{name} matrices", torch.tensor(taken), torch.tensor(False))
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for bases, heights, num_features, parts, chunks in cases:
             generator = torch.Generator().manual_seed(num_features)
