@@ -216,7 +216,12 @@ def _sketch_group(group: Work) -> None:
     pieces = [pending.rows for _, pending in group]
     num_rows, width = sum(rows.shape[0] for rows in pieces[0]), pieces[0][0].shape[1]
     every = [rows for its in pieces for rows in its]
-    by_kernel = basis.config.tp_mode != "fast" and num_rows > 0 and all(map(kernels.can_widen, every))
+    by_kernel = (
+        basis.config.tp_mode != "fast"
+        and num_rows > 0
+        and kernels.is_available(every[0].device)
+        and all(map(kernels.can_widen, every))
+    )
     v_GKq = basis.state.v[None] if num_bases == 1 else torch.stack([basis.state.v for basis, _ in group])
     counts: Sequence[Tensor | int] = [num_rows] * num_bases
     x_GnK = marks_Gn = None

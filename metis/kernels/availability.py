@@ -28,7 +28,10 @@ def reason_unavailable(device: torch.device | str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # hidden on purpose
+        return False
 
 
 @lru_cache(maxsize=64)
