@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from metis.decompose import basis as algebra
 from metis.errors import ConfigError
 from metis.operand import Axis
 from metis.training import graphs, initialize, quantization_log
+from metis.training import step as steps_module
 from metis.training.arguments import parse_args
 from metis.training.graphs import MAX_KINDS, StepGraphs
 from metis.training.quantization_log import QuantizationLog
+from metis.training.step import StepRunner
 from metis.training.validation import validate_args
 
 GRAPHED = (
@@ -239,3 +242,48 @@ def test_energies_in_use_are_one_tensor_that_is_overwritten():
     unordered = OperandBasis(operand="input", **common)
     unordered.state = basis.state
     assert unordered.active is not None and unordered.active_energies is None
+
+
+def test_a_step_renews_its_bases_by_the_graphs_of_its_passes(monkeypatch):
+    """And by launches where no graphs are asked for; everything else of a step stands still."""
+    made: list[Any] = []
+
+    class Graphs:
+        def __init__(self, *_arguments: Any) -> None:
+            self.renewals = object()
+            made.append(self)
+
+        def __call__(self, *_arguments: Any) -> list[Any]:
+            return []
+
+    still = MagicMock()
+    still.OperandGuard.return_value.after_backward.return_value = SimpleNamespace(
+        operands=None, gradients=None
+    )
+    for name in ("OperandGuard", "QuantizationLog", "get_forward_backward_func", "parallel_state"):
+        monkeypatch.setattr(steps_module, name, getattr(still, name))
+    for name, value in (
+        ("StepGraphs", Graphs), ("recipes_by_phase", lambda args: {}), ("all_uses", lambda recipes: {}),
+        ("recipe_linears", lambda model: ["linears"]), ("get_num_microbatches", lambda: 1),
+        ("_all_ranks_agree", lambda applied: applied), ("_largest_of_ranks", lambda value: value),
+    ):  # fmt: skip
+        monkeypatch.setattr(steps_module, name, value)
+    monkeypatch.setattr(StepRunner, "_mean_losses", lambda self, reports: {})
+    monkeypatch.setattr(StepRunner, "_note_spike", lambda *_arguments: None)
+    monkeypatch.setattr(StepRunner, "_run_schedule", lambda *_arguments, **_options: [])
+    seen: list[Any] = []
+    monkeypatch.setattr(steps_module, "advance_model_bases", lambda *arguments: seen.append(arguments))
+    optimizer = MagicMock()
+    optimizer.step.return_value = True, 1.0, 0
+    for implementation in ("none", "local"):
+        args = Namespace(
+            cuda_graph_impl=implementation, cuda_graph_warmup_steps=3, check_for_nan_in_loss_and_grad=False,
+            nonfinite_operands="stop", log_quantization_interval=0, micro_batch_size=1, data_parallel_size=1,
+            seq_length=8, empty_unused_memory_level=0, device="cpu", overlap_param_gather=False,
+        )  # fmt: skip
+        runner = StepRunner(args, [], optimizer, MagicMock(), TrainingClock(), MagicMock())
+        runner.quantization.begin_step.return_value = False
+        runner.train_step(iter([]), 4)
+    assert [arguments[0] for arguments in seen] == [["linears"], ["linears"]]
+    assert [arguments[1] for arguments in seen] == [4, 4]
+    assert seen[0][3] is None and seen[1][3] is made[0].renewals
