@@ -293,8 +293,7 @@ class SplitConfig:
         metadata={
             "doc": "apart: the head enters products through thin GEMMs of its own. merged: it is added back "
             "to the decoded residual, x^ = bf16(x + (q(R) - R)), and one GEMM reads that: no thin GEMMs, but "
-            "x's head meets the other operand's quantised values, and no FP4 hardware can multiply x^. Not "
-            "timed on a GPU"
+            "x's head meets the other operand's quantised values, and no FP4 hardware can multiply x^"
         },
     )
     head_quantizer: QuantizerConfig | None = field(

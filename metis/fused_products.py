@@ -41,8 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metis.encoded_weight import EncodedWeight
-from metis.functional import LinearPlan, as_placeholder
+from metis.encoded_weight import EncodedSide, EncodedWeight
+from metis.functional import LinearPlan, as_placeholder, operand_of
 from metis.fused import scale_target
 from metis.fused_operand import (
     ProductScales,
@@ -121,10 +121,12 @@ def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor,
     used = amaxes(residual, plan, ("fprop_input", "wgrad_input"), (quantizer, wgrad_quantizer), amax)
     if quantizer is None:
         scaled_product(all_rows(x, shards), w, y)
-    elif merges:
-        _merged_fprop(x, residual, encoded, plan, used[0], y)
     else:
-        _fprop(residual, sums, (left, thin), encoded, plan, used[0], y)  # type: ignore[arg-type]
+        assert encoded.fprop is not None
+        left, right, scales = _operands(  # type: ignore[assignment]
+            (x, residual, sums), (left, thin), encoded.fprop, plan, ("fprop_input", "fprop_weight"), used[0]
+        )
+        scaled_product(left, right, y, scales.alpha)  # type: ignore[arg-type]
     if wgrad_quantizer is None:
         return y, SavedInput(x)
     if merges:
@@ -137,53 +139,40 @@ def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor,
     return y, SavedInput(None, p, used[1], *codes)
 
 
-def _fprop(
-    residual: Tensor,
-    sums: Tensor | None,
-    buffers: tuple[Tensor, Tensor],
-    encoded: EncodedWeight,
+def _operands(
+    matrices: tuple[Tensor, Tensor, Tensor | None],
+    buffers: tuple[Tensor | None, Tensor | None],
+    side: EncodedSide,
     plan: LinearPlan,
+    cells: tuple[str, str],
     amax: Tensor | None,
-    y: Tensor,
-) -> None:
-    """Complete the left operand (P_x is in its place) and multiply."""
-    left, thin = buffers
-    quantizer, w_quantizer = plan.recipe.fprop_input.quantizer, plan.recipe.fprop_weight.quantizer
-    assert quantizer is not None and w_quantizer is not None
-    assert encoded.fprop is not None
-    right, factors = encoded.fprop.open()
-    scales = product_scales(
-        (quantizer, w_quantizer),
-        (amax, encoded.fprop.amax),
-        thin.shape[1] > 0,
-        (False, encoded.fprop.is_merged),
-    )
-    if sums is not None:
-        factors.append(Thin(sums, thin[:, thin.shape[1] - sums.shape[2] :], True))
-    fill_rows(left, residual, quantizer, plan, "fprop_input", amax, scales, thin, factors)
-    note(amax, plan, "fprop_input")
-    note(encoded.fprop.amax, plan, "fprop_weight")
-    scaled_product(left, right, y, scales.alpha)
+) -> tuple[Tensor, Tensor, ProductScales]:
+    """Return the operands of fprop or dgrad and their scales: what arrived as the product reads it, and the
+    weight.
 
-
-def _merged_fprop(
-    x: Tensor, residual: Tensor, encoded: EncodedWeight, plan: LinearPlan, amax: Tensor | None, y: Tensor
-) -> None:
-    """Multiply x with its head added back."""
-    quantizers = plan.recipe.fprop_input.quantizer, plan.recipe.fprop_weight.quantizer
-    assert quantizers[0] is not None and quantizers[1] is not None and encoded.fprop is not None
-    left = all_rows(merge(x, residual, quantizers[0], plan, "fprop_input", amax), shards_of(plan, "input"))
-    right, factors = encoded.fprop.open()
-    assert not factors
-    note(amax, plan, "fprop_input")
-    note(encoded.fprop.amax, plan, "fprop_weight")
-    scales = product_scales(
-        quantizers,
-        (amax, encoded.fprop.amax),
-        False,
-        (True, encoded.fprop.is_merged),  # type: ignore[arg-type]
-    )
-    scaled_product(left, right, y, scales.alpha)
+    matrices: x or g, its residual, and the partial sums of the residual's product with the weight's head.
+    buffers: the left operand with P in its place, and the columns of its thin factors; None where heads are
+    merged. cells: names of both operands. amax: of the residual.
+    """
+    (source, residual, sums), (left, thin), name = matrices, buffers, cells[0]
+    quantizers = tuple(getattr(plan.recipe, cell).quantizer for cell in cells)
+    merges = is_merged(plan, name)
+    right, factors = side.open()
+    has_thin = thin is not None and thin.shape[1] > 0
+    scales = product_scales(quantizers, (amax, side.amax), has_thin, (merges, side.is_merged))  # type: ignore[arg-type]
+    if merges:
+        assert not factors
+        left = all_rows(
+            merge(source, residual, quantizers[0], plan, name, amax), shards_of(plan, operand_of(name))
+        )
+    else:
+        assert left is not None and thin is not None
+        if sums is not None:
+            factors.append(Thin(sums, thin[:, thin.shape[1] - sums.shape[2] :], True))
+        fill_rows(left, residual, quantizers[0], plan, name, amax, scales, thin, factors)
+    note(amax, plan, name)
+    note(side.amax, plan, cells[1])
+    return left, right, scales
 
 
 @dataclass(slots=True)
@@ -237,25 +226,10 @@ def _open_gradient(
     opened.residual, opened.amax = residual, used[1]
     if dgrad is None:
         return opened
-    assert encoded.dgrad is not None and recipe.dgrad_weight.quantizer is not None
-    opened.right, factors = encoded.dgrad.open()
-    has_thin = thin is not None and thin.shape[1] > 0
-    opened.scales = product_scales(
-        (dgrad, recipe.dgrad_weight.quantizer),
-        (used[0], encoded.dgrad.amax),
-        has_thin,
-        (merges, encoded.dgrad.is_merged),
+    assert encoded.dgrad is not None
+    opened.left, opened.right, opened.scales = _operands(
+        (g, residual, sums), (opened.left, thin), encoded.dgrad, plan, (names[0], "dgrad_weight"), used[0]
     )
-    if merges:
-        assert not factors
-        opened.left = all_rows(merge(g, residual, dgrad, plan, names[0], used[0]), shards)
-    else:
-        assert thin is not None and opened.left is not None
-        if sums is not None:
-            factors.append(Thin(sums, thin[:, width_of(v_g) :], True))
-        fill_rows(opened.left, residual, dgrad, plan, names[0], used[0], opened.scales, thin, factors)
-    note(used[0], plan, names[0])
-    note(encoded.dgrad.amax, plan, "dgrad_weight")
     return opened
 
 

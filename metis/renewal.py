@@ -214,38 +214,39 @@ def _sketch_group(group: Work) -> None:
     basis, num_bases = group[0][0], len(group)
     num_features, num_columns = basis.features.local_size, basis.state.num_sketch_columns
     pieces = [pending.rows for _, pending in group]
-    num_rows, width = sum(rows.shape[0] for rows in pieces[0]), pieces[0][0].shape[1]
     every = [rows for its in pieces for rows in its]
-    by_kernel = (
-        basis.config.tp_mode != "fast"
-        and num_rows > 0
-        and kernels.is_available(every[0].device)
-        and all(map(kernels.can_widen, every))
-    )
+    num_rows, width = sum(rows.shape[0] for rows in pieces[0]), every[0].shape[1]
     v_GKq = basis.state.v[None] if num_bases == 1 else torch.stack([basis.state.v for basis, _ in group])
-    counts: Sequence[Tensor | int] = [num_rows] * num_bases
-    x_GnK = marks_Gn = None
-    if not by_kernel:
-        rows = every[0] if len(every) == 1 else torch.cat(every)
-        x_GnK = rows.view(num_bases, num_rows, width)
-    if width > num_features and x_GnK is None:
-        marks_Gn = torch.cat([rows[:, num_features] for rows in every]).view(num_bases, num_rows)
-    elif width > num_features:
-        marks_Gn, x_GnK = x_GnK[:, :, num_features], x_GnK[:, :, :num_features]  # type: ignore[index]
-    if marks_Gn is not None:
-        counts = marks_Gn.sum(dim=1, keepdim=True, dtype=torch.float64).unbind()
     height = max(1, _max_numel(v_GKq.device) // (num_bases * num_features))
-    v_GKq = v_GKq[:, :, :num_columns]
-    if x_GnK is None:
+    v_GKq, marks_Gn = v_GKq[:, :, :num_columns], None
+    if num_rows > 0 and _is_widened(basis, every):
+        if width > num_features:
+            marks_Gn = torch.cat([rows[:, num_features] for rows in every]).view(num_bases, num_rows)
         z_GKq, gram_Gqq = _sums_by_kernel(pieces, num_rows, height, v_GKq, basis)
     else:
+        rows = every[0] if len(every) == 1 else torch.cat(every)
+        x_GnK = rows.view(num_bases, num_rows, width)
+        if width > num_features:
+            marks_Gn, x_GnK = x_GnK[:, :, num_features], x_GnK[:, :, :num_features]
         x_blocks = (x_GnK,) if num_rows <= height else x_GnK.split(height, dim=1)
         z_GKq, gram_Gqq = _sums(x_blocks, v_GKq, basis)
+    counts: Sequence[Tensor | int] = [num_rows] * num_bases
+    if marks_Gn is not None:
+        counts = marks_Gn.sum(dim=1, keepdim=True, dtype=torch.float64).unbind()
     for (_, pending), z, gram, count in zip(group, z_GKq.unbind(), gram_Gqq.unbind(), counts, strict=True):
         before, pending.rows = pending.sketch, []
         pending.sketch = Sketch(z, gram, count)
         if before is not None:
             pending.sketch = Sketch(before.z + z, before.gram + gram, before.count + count)
+
+
+def _is_widened(basis: Renewable, every: Sequence[Tensor]) -> bool:
+    """Whether a kernel reads these matrices where they lie."""
+    return (
+        basis.config.tp_mode != "fast"
+        and kernels.is_available(every[0].device)
+        and all(map(kernels.can_widen, every))
+    )
 
 
 def _sums(x_blocks: Sequence[Tensor], v_GKq: Tensor, basis: Renewable) -> tuple[Tensor, Tensor]:

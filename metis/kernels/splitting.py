@@ -2,8 +2,8 @@
 
 One idea: a program that holds whole rows knows their P, so it may subtract at once: x comes from memory the
 first time and from the cache the second, and neither partial sums nor another launch are needed. P and R have
-the bits of `metis.kernels.projection`, whose chunks and tiles these are; partial sums of R F are one instead
-of several.
+the bits of `metis.kernels.projection`, whose chunks these are, summed in the same order; partial sums of R F
+are one instead of several.
 
 Only for many rows: each program does a tile of them from one end to the other, and there must be more tiles
 than multiprocessors (`MIN_ROWS`).

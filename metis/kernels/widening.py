@@ -1,8 +1,8 @@
 """Rows in float64, cut into chunks of their features: what sketches multiply.
 
 One idea: the rows of a basis lie in several matrices and are wanted chunk by chunk, in numbers four times as
-wide. Each matrix is read once and written where it belongs; torch would first put them together, and its copy
-into another order and type reaches a sixth of the memory's bandwidth.
+wide. Each matrix is read once and written where it belongs; torch would first put them together and then copy
+them into another order and type.
 
 Exact: bf16, fp16 and fp32 are in float64 what they were.
 

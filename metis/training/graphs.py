@@ -27,26 +27,24 @@ Traps:
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch import Tensor, nn
+from torch import Tensor
 
 from metis.bases import OperandBasis
 from metis.clock import NotedAmaxes, TrainingClock
 from metis.errors import ConfigError
 from metis.kernels.arguments import as_signed
-from metis.mcore.state import recipe_linears
 from metis.nn import LinearCore
 from metis.renewal import Pending
 from metis.training.batches import batch_on_this_cp_rank
 from metis.training.initialize import at_shut_down
-from metis.training.renewal_graph import RenewalGraphs, are_same, capture_error
+from metis.training.renewal_graph import RenewalGraphs, are_same, capture
 
 IS_LOCAL = "is_local"
 """Field of a batch that holds this context-parallel rank's part already."""
@@ -104,17 +102,17 @@ class _Captured:
 class StepGraphs:
     """Runs the passes of training steps, by graphs once they are warm.
 
-    run: the schedule as it is without graphs. num_warmup_steps: steps of this process that run so whatever
-    they are. renewals: what computes bases after a step, in graphs of its own.
+    cores: of the linears of this rank that compute by a recipe. run: the schedule as it is without graphs.
+    num_warmup_steps: steps of this process that run so whatever they are. renewals: what computes bases after
+    a step, in graphs of its own.
     """
 
     args: Namespace
-    model: list[nn.Module]
+    cores: Sequence[LinearCore]
     clock: TrainingClock
     run: Schedule
     num_warmup_steps: int
     renewals: RenewalGraphs = field(init=False)
-    _cores: list[LinearCore] = field(init=False)
     _kinds: dict[tuple[Any, ...], _Captured | None] = field(default_factory=dict)
     _staged: dict[tuple[Any, ...], _Staged] = field(default_factory=dict)
     _owners: tuple[Any, ...] = ()
@@ -124,7 +122,6 @@ class StepGraphs:
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
             raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
-        self._cores = [linear.core for linear in recipe_linears(self.model)]
         self.renewals = RenewalGraphs(self._its_pool, self._lasting_rows)
         at_shut_down(self.release)
 
@@ -172,7 +169,7 @@ class StepGraphs:
 
         Asks every basis for its place, which writes a new one there. Graphs that read other places go.
         """
-        cores = self._cores
+        cores = self.cores
         bases = [basis for core in cores for _, basis in core.own_bases()]
         owners = (
             *(core.recipe for core in cores), *(core.weights for core in cores), *(b.active for b in bases)
@@ -215,27 +212,13 @@ class StepGraphs:
 
     def _capture(self, staged: _Staged) -> _Captured:
         watch = self.clock.watch
-        bases = [basis for core in self._cores for _, basis in core.own_bases()]
+        bases = [basis for core in self.cores for _, basis in core.own_bases()]
         for basis in bases:
             basis.take_pending()
         before = watch.take_noted()
-        graph = torch.cuda.CUDAGraph()
-        dist.barrier()
-        torch.cuda.synchronize()
-        try:
-            with (
-                _quiet_engine(),
-                torch.cuda.graph(
-                    graph,
-                    pool=self._its_pool(),
-                    stream=torch.cuda.current_stream(),
-                    capture_error_mode="thread_local",
-                ),
-            ):
-                reports = self.run(iter(staged.batches), len(staged.batches))
-                amaxes = watch.take_noted()
-        except RuntimeError as error:
-            raise capture_error("a step", error) from error
+        with _quiet_engine(), capture("a step", self._its_pool()) as graph:
+            reports = self.run(iter(staged.batches), len(staged.batches))
+            amaxes = watch.take_noted()
         pending = [(basis, left) for basis in bases if (left := basis.take_pending()) is not None]
         captured = _Captured(graph, reports, amaxes, pending)
         watch.put_back(before)

@@ -19,7 +19,8 @@ Traps:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,19 +103,8 @@ class RenewalGraphs:
 
     def _capture(self, work: Work, token_group: Any, rows: tuple[Tensor, ...]) -> _Captured:
         stand_ins = [(basis.stand_in(), replace(pending, rows=list(pending.rows))) for basis, pending in work]
-        graph = torch.cuda.CUDAGraph()
-        dist.barrier()
-        torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool(),
-                stream=torch.cuda.current_stream(),
-                capture_error_mode="thread_local",
-            ):
-                outcome = compute_outcome(stand_ins, token_group)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise capture_error("a renewal of bases", error) from error
+        with capture("a renewal of bases", self._pool()) as graph:
+            outcome = compute_outcome(stand_ins, token_group)  # type: ignore[arg-type]
         return _Captured(graph, rows, replace(outcome, found=None))
 
 
@@ -130,7 +120,22 @@ def _with_copies(outcome: Outcome, work: Work) -> Outcome:
     return replace(outcome, candidates=candidates, in_use=in_use)
 
 
-def capture_error(what: str, error: BaseException) -> ConfigError:
+@contextmanager
+def capture(what: str, pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
+    """Record what is launched inside as a graph, on the stream in use; all ranks begin together."""
+    graph = torch.cuda.CUDAGraph()
+    dist.barrier()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(
+            graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
+            yield graph
+    except RuntimeError as error:
+        raise _capture_error(what, error) from error
+
+
+def _capture_error(what: str, error: BaseException) -> ConfigError:
     """Return what to say of a capture that failed, on the rank where it did."""
     reason: BaseException = error
     while reason.__context__ is not None:  # the end of a capture that has failed fails too

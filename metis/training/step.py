@@ -96,7 +96,7 @@ class StepRunner:
         self.has_penalties = any(recipe.dual_range is not None for recipe in uses)
         self.forward_backward = get_forward_backward_func()
         self.largest_loss = 0.0
-        # Found once: a walk over all modules takes a host a millisecond.
+        # Found once: a walk over all modules is slow, and would be one in every step.
         self._linears = recipe_linears(model)
         check_gradients = args.check_for_nan_in_loss_and_grad
         is_graphed = args.cuda_graph_impl == "local"
@@ -106,7 +106,8 @@ class StepRunner:
         self._launched = self._passes = partial(self._run_schedule, forward_only=False)
         self._renew: Compute | None = None
         if is_graphed:
-            graphs = StepGraphs(args, model, clock, self._launched, args.cuda_graph_warmup_steps)
+            cores = [linear.core for linear in self._linears]
+            graphs = StepGraphs(args, cores, clock, self._launched, args.cuda_graph_warmup_steps)
             self._passes, self._renew = self._timed(graphs), graphs.renewals
             self._launched = self._timed(self._launched)
         self.quantization = QuantizationLog(args.log_quantization_interval, model, clock)

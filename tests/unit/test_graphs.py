@@ -18,7 +18,7 @@ from metis.config import BasisConfig
 from metis.decompose import basis as algebra
 from metis.errors import ConfigError
 from metis.operand import Axis
-from metis.training import graphs, initialize, quantization_log
+from metis.training import graphs, initialize, quantization_log, renewal_graph
 from metis.training import step as steps_module
 from metis.training.arguments import parse_args
 from metis.training.graphs import MAX_KINDS, StepGraphs
@@ -68,8 +68,7 @@ class Steps:
             ("synchronize", lambda: None), ("current_stream", lambda: None),
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(graphs.dist, "barrier", lambda: None)
-        monkeypatch.setattr(graphs, "recipe_linears", lambda model: [])
+        monkeypatch.setattr(renewal_graph.dist, "barrier", lambda: None)
         monkeypatch.setattr(graphs, "_quiet_engine", nullcontext)
         monkeypatch.setattr(graphs, "on_this_rank", lambda batch: batch)
         monkeypatch.setattr(StepGraphs, "_stage", lambda self, batches: SimpleNamespace(batches=batches))
@@ -79,7 +78,7 @@ class Steps:
 
     def use(self, linears: list[Any]) -> None:
         """Have these for a model's linears."""
-        self.graphs._cores = [linear.core for linear in linears]
+        self.graphs.cores = [linear.core for linear in linears]
 
     def _launch(self, batches: Iterator[Any], num_microbatches: int) -> list[Any]:
         self.num_launched += 1
@@ -256,7 +255,7 @@ def test_a_step_renews_its_bases_by_the_graphs_of_its_passes(monkeypatch):
         def __call__(self, *_arguments: Any) -> list[Any]:
             return []
 
-    still = MagicMock()
+    still, linears = MagicMock(), [SimpleNamespace(core=object())]
     still.OperandGuard.return_value.after_backward.return_value = SimpleNamespace(
         operands=None, gradients=None
     )
@@ -264,7 +263,7 @@ def test_a_step_renews_its_bases_by_the_graphs_of_its_passes(monkeypatch):
         monkeypatch.setattr(steps_module, name, getattr(still, name))
     for name, value in (
         ("StepGraphs", Graphs), ("recipes_by_phase", lambda args: {}), ("all_uses", lambda recipes: {}),
-        ("recipe_linears", lambda model: ["linears"]), ("get_num_microbatches", lambda: 1),
+        ("recipe_linears", lambda model: linears), ("get_num_microbatches", lambda: 1),
         ("_all_ranks_agree", lambda applied: applied), ("_largest_of_ranks", lambda value: value),
     ):  # fmt: skip
         monkeypatch.setattr(steps_module, name, value)
@@ -284,6 +283,6 @@ def test_a_step_renews_its_bases_by_the_graphs_of_its_passes(monkeypatch):
         runner = StepRunner(args, [], optimizer, MagicMock(), TrainingClock(), MagicMock())
         runner.quantization.begin_step.return_value = False
         runner.train_step(iter([]), 4)
-    assert [arguments[0] for arguments in seen] == [["linears"], ["linears"]]
+    assert [arguments[0] for arguments in seen] == [linears, linears]
     assert [arguments[1] for arguments in seen] == [4, 4]
     assert seen[0][3] is None and seen[1][3] is made[0].renewals

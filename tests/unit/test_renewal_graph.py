@@ -146,6 +146,12 @@ class Model:
         renew_bases(self.bases, step, None, compute)
         overwrite_active(self.bases)
 
+    def run(self, steps: range, compute: Any = None) -> None:
+        """Fill and renew, step after step."""
+        for step in steps:
+            self.fill(step)
+            self.renew(step, compute)
+
 
 def assert_equal(one: Model, other: Model) -> None:
     for a, b in zip(one.bases, other.bases, strict=True):
@@ -202,18 +208,14 @@ def test_rows_that_lie_elsewhere_are_launched_and_the_graph_stays(graphs: type[R
 def test_a_graph_goes_with_the_rows_that_it_reads(graphs: type[RerunGraph]) -> None:
     model = Model()
     compute = RenewalGraphs(lambda: None, lambda: model.rows)
-    for step in range(5):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(5), compute)
     (graph,) = graphs.made
     compute.forget([model.rows[0].clone()])
     assert not graph.is_reset
     compute.forget([model.rows[0]])
     assert graph.is_reset
     model.rows = [rows.clone() for rows in model.rows]
-    for step in range(5, 7):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(5, 7), compute)
     assert len(graphs.made) == 2 and graphs.made[1].num_replays == 2
 
 
@@ -221,9 +223,7 @@ def test_every_set_of_rows_that_lasts_has_a_graph_up_to_some(graphs: type[RerunG
     model = Model()
     places = [[rows.clone() for rows in model.rows] for _ in range(MAX_GRAPHS + 1)]
     compute = RenewalGraphs(lambda: None, lambda: [rows for rows_of in places for rows in rows_of])
-    for step in range(3):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(3), compute)
     for step in range(3, 3 + 2 * len(places)):
         model.rows = places[step % len(places)] if step < 3 + len(places) else places[0]
         model.fill(step)
@@ -244,9 +244,7 @@ def test_other_bases_on_the_same_weights_get_a_graph_of_their_own(graphs: type[R
         for basis in model.bases
     ]  # fmt: skip
     compute = RenewalGraphs(lambda: None, list)
-    for step in range(6):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(6), compute)
     assert graphs.made[0].num_replays == 3
     launched = Model()
     launched.bases = [copy.deepcopy(basis) for basis in other.bases]
@@ -265,23 +263,20 @@ def test_equal_bases_of_several_widths_are_launched(graphs: type[RerunGraph]) ->
                        config=replace(CONFIG, oversample=6), seed=1)  # fmt: skip
     model.bases[3] = odd
     compute = RenewalGraphs(lambda: None, lambda: model.rows)
-    for step in range(5):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(5), compute)
     assert graphs.made == []
 
 
 def test_graphs_of_steps_and_of_renewals_go_together(graphs: type[RerunGraph], monkeypatch) -> None:
     """Real bases behind `StepGraphs`, whose replays leave the rows that renewals read."""
     model = Model()
-    linears = [
-        SimpleNamespace(core=SimpleNamespace(
+    cores = [
+        SimpleNamespace(
             recipe=SimpleNamespace(basis=CONFIG), weights=None, bases={"it": basis},
             own_bases=lambda basis=basis: [("it", basis)],
-        ))
+        )
         for basis in model.bases
     ]  # fmt: skip
-    monkeypatch.setattr(step_graphs, "recipe_linears", lambda _: linears)
     monkeypatch.setattr(step_graphs, "_quiet_engine", nullcontext)
     monkeypatch.setattr(step_graphs, "on_this_rank", lambda batch: batch)
     monkeypatch.setattr(StepGraphs, "_stage", lambda self, batches: SimpleNamespace(batches=batches))
@@ -297,7 +292,7 @@ def test_graphs_of_steps_and_of_renewals_go_together(graphs: type[RerunGraph], m
                 basis.add_rows(rows)
         return []
 
-    steps = StepGraphs(args, [], clock, passes, 1)
+    steps = StepGraphs(args, cores, clock, passes, 1)
     for step in range(8):
         model.fill(step)
         clock.begin_step(step, 64)
@@ -315,18 +310,14 @@ def test_graphs_of_steps_and_of_renewals_go_together(graphs: type[RerunGraph], m
 def test_rows_of_a_step_that_is_not_replayed_do_not_last(graphs: type[RerunGraph]) -> None:
     model = Model()
     compute = RenewalGraphs(lambda: None, lambda: model.rows[:1])
-    for step in range(6):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(6), compute)
     assert graphs.made == []
 
 
 def test_a_capture_that_fails_says_what_to_do(graphs: type[RerunGraph], monkeypatch) -> None:
     model = Model()
     compute = RenewalGraphs(lambda: None, lambda: model.rows)
-    for step in range(3):
-        model.fill(step)
-        model.renew(step, compute)
+    model.run(range(3), compute)
 
     def fail(*_: Any) -> Outcome:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
