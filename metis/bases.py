@@ -281,8 +281,7 @@ class OperandBasis(nn.Module):
 
     def put_aside(self, pending: Pending) -> None:
         """Have for this step's sketch what an earlier `take_pending` returned, which stays as it is."""
-        found = None if pending.sketch is None else replace(pending.sketch)
-        self._pending = replace(pending, rows=list(pending.rows), sketch=found)
+        self._pending = pending.copy()
 
     def take_pending(self) -> Pending | None:
         """Return what this step has for the next basis, and forget it."""

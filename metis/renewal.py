@@ -18,7 +18,7 @@ Shape letters: n sampled rows, K features held here, r rank, q columns of a sket
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +90,18 @@ class Pending:
     rows: list[Tensor] = field(default_factory=list)
     sketch: Sketch | None = None
     shards: Axis | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what lies on the device."""
+        yield from self.rows
+        if self.sketch is not None:
+            sums = self.sketch.z, self.sketch.gram, self.sketch.count
+            yield from (value for value in sums if isinstance(value, Tensor))
+
+    def copy(self) -> Pending:
+        """Return another one of the same tensors, which sketching does not change."""
+        sketch = None if self.sketch is None else replace(self.sketch)
+        return replace(self, rows=list(self.rows), sketch=sketch)
 
 
 Made = tuple[Tensor, Tensor, Tensor | None]

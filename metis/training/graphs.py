@@ -122,7 +122,7 @@ class StepGraphs:
     def __post_init__(self) -> None:
         if self.args.device != "cuda":
             raise ConfigError("--cuda-graph-impl", f"local needs a GPU, received device {self.args.device}")
-        self.renewals = RenewalGraphs(self._its_pool, self._lasting_rows)
+        self.renewals = RenewalGraphs(self._its_pool, self._lasting)
         at_shut_down(self.release)
 
     def __call__(self, data_iterator: Iterator[Batch], num_microbatches: int) -> Reports:
@@ -158,8 +158,7 @@ class StepGraphs:
         oldest = self._kinds.pop(next(iter(self._kinds)))
         if oldest is not None:
             oldest.graph.reset()
-            self.renewals.forget(rows for basis, left in oldest.pending if basis.operand != "weight"
-                                 for rows in left.rows)  # fmt: skip
+            self.renewals.forget(_left_behind(oldest))
         if not any(self._kinds.values()):
             self.renewals.release()
             self._pool = None
@@ -204,11 +203,10 @@ class StepGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 
-    def _lasting_rows(self) -> Iterator[Tensor]:
-        """Yield rows for sketches that replays write again where they lie."""
+    def _lasting(self) -> Iterator[Tensor]:
+        """Yield rows and sketches that replays write again where they lie."""
         for captured in self._kinds.values():
-            for _, pending in [] if captured is None else captured.pending:
-                yield from pending.rows
+            yield from () if captured is None else _left_behind(captured)
 
     def _capture(self, staged: _Staged) -> _Captured:
         watch = self.clock.watch
@@ -230,6 +228,11 @@ class StepGraphs:
         for basis, left in captured.pending:
             basis.put_aside(left)
         return captured.reports
+
+
+def _left_behind(captured: _Captured) -> Iterator[Tensor]:
+    for _, pending in captured.pending:
+        yield from pending.tensors()
 
 
 def _layout(batch: Batch) -> tuple[Any, ...]:

@@ -1,18 +1,18 @@
 """The renewal of all bases as one CUDA graph, beside those of the steps (`metis.training.graphs`).
 
 One idea: a renewal is hundreds of small operations and the host is slower than the GPU at all of them. In the
-regular case their shapes never change: all bases are warm, nothing waits from earlier steps, and the rows lie
-where a replayed step has written them. Then one graph makes of them what `metis.renewal.compute_outcome`
-would, with the same bits, and the host reads once.
+regular case their shapes never change: all bases are warm, nothing waits from earlier steps, and the rows, or
+sketches of rows that were too many to keep, lie where a replayed step has written them. Then one graph makes
+of them what `metis.renewal.compute_outcome` would, with the same bits, and the host reads once.
 
-A graph reads rows, weights and the bases in use (`OperandBasis.active`), all of which stay where they are.
-What it has made of V is copied out after every replay, because tensors of a state never change. Sketches are
-not kept: where one is wanted after all (a basis cannot be renewed), everything is computed again by launches.
+A graph reads rows, sketches, weights and the bases in use (`OperandBasis.active`), all of which stay where
+they are. What it has made of V is copied out after every replay, because tensors of a state never change. Its
+sums are not kept: where one is wanted after all (a basis cannot be renewed), everything is computed again by
+launches.
 
 Traps:
 * The first regular renewal is launched: libraries set themselves up then.
 * Rows of a step that was launched lie elsewhere every time; such a renewal is launched, and the graphs stay.
-  So is one of rows that were too many to keep and have been sketched within the step.
 * NCCL wants a message captured on all of its ranks or on none. Phases, counts, verdicts and the kinds of
   steps are the same on all ranks that share one.
 """
@@ -32,22 +32,25 @@ from metis.errors import ConfigError
 from metis.renewal import Outcome, Work, compute_outcome
 
 MAX_GRAPHS = 8
-"""Sets of rows that have a graph: as many as kinds of steps. The one used the longest ago goes first."""
+"""Sets of rows and sketches that have a graph: as many as kinds of steps. The one used the longest ago goes
+first.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Captured:
-    """A graph, the rows and weights that it reads, and what it makes."""
+    """A graph, the rows, sketches and weights that it reads, and what it makes."""
 
     graph: torch.cuda.CUDAGraph
-    rows: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     outcome: Outcome
 
 
 class RenewalGraphs:
     """Stands for `metis.renewal.compute_outcome`.
 
-    pool: returns the memory pool that graphs share. lasting: returns the rows that replays overwrite.
+    pool: returns the memory pool that graphs share. lasting: returns the rows and sketches that replays
+    overwrite.
     """
 
     def __init__(self, pool: Callable[[], Any], lasting: Callable[[], Iterable[Tensor]]) -> None:
@@ -64,26 +67,26 @@ class RenewalGraphs:
         if not are_same(owners, self._owners):
             self.release()
             self._owners = owners
-        rows = tuple(rows for _, pending in work for rows in pending.rows)
-        captured = next((c for c in self._captured if are_same(c.rows, rows)), None)
+        inputs = tuple(tensor for _, pending in work for tensor in pending.tensors())
+        captured = next((c for c in self._captured if are_same(c.inputs, inputs)), None)
         if captured is not None:
             self._captured.remove(captured)
         else:
-            layout = tuple(tuple(r.shape for r in pending.rows) for _, pending in work)
+            layout = tuple(tuple(tensor.shape for tensor in pending.tensors()) for _, pending in work)
             if layout != self._launched or not self._will_last(work):
                 self._launched = layout
                 return compute_outcome(work, token_group)
-            captured = self._capture(work, token_group, rows)
+            captured = self._capture(work, token_group, inputs)
         self._captured.append(captured)
         if len(self._captured) > MAX_GRAPHS:
             self._captured.pop(0).graph.reset()
         captured.graph.replay()
         return _with_copies(captured.outcome, work)
 
-    def forget(self, rows: Iterable[Tensor]) -> None:
-        """Let go of graphs that read rows which nothing will write again."""
-        gone = {id(its) for its in rows}
-        for captured in [c for c in self._captured if any(id(its) in gone for its in c.rows)]:
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Let go of graphs that read rows or sketches which nothing will write again."""
+        gone = {id(tensor) for tensor in tensors}
+        for captured in [c for c in self._captured if any(id(tensor) in gone for tensor in c.inputs)]:
             captured.graph.reset()
             self._captured.remove(captured)
 
@@ -94,18 +97,18 @@ class RenewalGraphs:
         self._captured, self._owners, self._launched = [], (), ()
 
     def _will_last(self, work: Work) -> bool:
-        """Whether all rows are weights or what replayed steps overwrite."""
-        lasting = {id(rows) for rows in self._lasting()}
+        """Whether all that is read are weights or what replayed steps overwrite."""
+        lasting = {id(tensor) for tensor in self._lasting()}
         return all(
-            basis.operand == "weight" or all(id(rows) in lasting for rows in pending.rows)
+            basis.operand == "weight" or all(id(tensor) in lasting for tensor in pending.tensors())
             for basis, pending in work
         )
 
-    def _capture(self, work: Work, token_group: Any, rows: tuple[Tensor, ...]) -> _Captured:
-        stand_ins = [(basis.stand_in(), replace(pending, rows=list(pending.rows))) for basis, pending in work]
+    def _capture(self, work: Work, token_group: Any, inputs: tuple[Tensor, ...]) -> _Captured:
+        stand_ins = [(basis.stand_in(), pending.copy()) for basis, pending in work]
         with capture("a renewal of bases", self._pool()) as graph:
             outcome = compute_outcome(stand_ins, token_group)  # type: ignore[arg-type]
-        return _Captured(graph, rows, replace(outcome, found=None))
+        return _Captured(graph, inputs, replace(outcome, found=None))
 
 
 def _with_copies(outcome: Outcome, work: Work) -> Outcome:
@@ -163,7 +166,6 @@ def _is_regular(work: Work) -> bool:
         basis.state.phase == "warm"
         and not basis.ordered
         and basis.state.row_count == 0
-        and pending.sketch is None
-        and bool(pending.rows)
+        and any(True for _ in pending.tensors())
         for basis, pending in work
     )

@@ -33,6 +33,7 @@ from _runs import (
     STEPS_1B,
     STEPS_COMPARED,
     STEPS_GRAPHED,
+    STEPS_OPTIONS,
     STEPS_TINY,
     Run,
     Session,
@@ -152,6 +153,79 @@ def part_graphs(session: Session) -> None:
         good = verdict.startswith("bitwise")
         session.add("graphs", recipe, "ok" if good else "DIFFERS", f"against launches: {verdict}")
         report_resume(session, "graphs", f"{recipe} resume", graphed, resumed, STEPS_GRAPHED // 2)
+
+
+PACKED = "base: metis\nsave_packed: true\n"
+ALL_ROWS = "base: metis\nbasis: {row_sample_fraction: 1.0, max_rows_per_column: null}\n"
+"""With large microbatches too much to keep, so that a captured step sketches rows itself."""
+HEALED = """phases:
+  - at_step: 9
+    change: {fprop_input: {split: {rank: {fixed: 32}}}, wgrad_input: {split: {rank: {fixed: 32}}}}
+  - {at_step: 15, recipe: bf16}
+"""
+"""A basis that gets wider, and the end of FP4, both after graphs have been captured."""
+
+GRAPHED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "evaluated": ("metis", {"eval_interval": 7, "eval_iters": 2}),
+    "packed": ("packed.yaml", {}),
+    "merged": ("metis_merged", {}),
+    "all rows": ("all_rows.yaml", {"micro_batch_size": 64, "global_batch_size": 128}),
+    "healed": ("metis", {"recipe_schedule": "healed.yaml"}),
+    "ramp": ("metis", {"rampup_batch_size": (4, 4, 48), "global_batch_size": 16, "train_samples": 220}),
+    "documents": ("metis", {"reset_attention_mask": None, "reset_position_ids": None, "eod_mask_loss": None}),
+    "measured": ("metis", {"log_quantization_interval": 7}),
+    "skip": ("nvfp4", {"nonfinite_operands": "skip"}),
+    "codes": ("metis", {"weight_cache": "codes"}),
+    "everywhere": ("metis", {"policy": "all"}),
+    "mxfp4": ("mxfp4", {}),
+    "fp8": ("fp8", {}),
+    "4over6": ("nvfp4_4over6", {}),
+    "mean": ("mean_split", {}),
+    "paper": ("metis_paper", {}),
+    "v1": ("metis_v1", {}),
+}
+"""Recipe, or a file of this part, and options of steps that are captured and launched."""
+
+
+def part_graph_options(session: Session) -> None:
+    """Captured steps against launched ones, bit by bit, under options that change what a step is."""
+    files = {"packed.yaml": PACKED, "all_rows.yaml": ALL_ROWS, "healed.yaml": HEALED}
+    for name, text in files.items():
+        (session.scratch / name).write_text(text)
+
+    def located(value: Any) -> Any:
+        return session.scratch / value if value in files else value
+
+    on_gpu = session.device == "cuda"
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if on_gpu else 1
+    runs: dict[str, dict[str, Run]] = {case: {} for case in GRAPHED_CASES}
+    for index, (case, (recipe, options)) in enumerate(GRAPHED_CASES.items()):
+        options = {name: located(value) for name, value in options.items()}
+        for mode, more in (("launched", {"deterministic_mode": None}), ("graphs", GRAPHS))[: 1 + on_gpu]:
+            run = session.tiny(
+                f"{mode}-{case.replace(' ', '-')}", str(located(recipe)), STEPS_OPTIONS, **options | more
+            )
+            run.gpu = index % num_gpus
+            if "train_samples" in options:
+                del run.options["--train-iters"]
+            runs[case][mode] = run
+    waiting = [run for case in runs.values() for run in case.values()]
+    while waiting:
+        session.together(waiting[: 6 * num_gpus], 150)
+        del waiting[: 6 * num_gpus]
+    for case, pair in runs.items():
+        launched, graphed = pair["launched"], pair.get("graphs", pair["launched"])
+        if not launched.ok or not graphed.ok:
+            detail = f"graphs: {graphed.status}, launched: {launched.status}"
+            session.add("graph options", case, "FAILED", detail)
+            continue
+        verdict = same_bits(launched, graphed) if "graphs" in pair else "not compared, no GPU"
+        if launched.validations != graphed.validations:
+            verdict = f"validation losses {launched.validations} and {graphed.validations}"
+        good = verdict.startswith(("bitwise", "not compared")) and finite(graphed)
+        losses = graphed.values("lm_loss")
+        detail = f"against launches: {verdict}; loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+        session.add("graph options", case, "ok" if good else "DIFFERS", detail)
 
 
 def part_resume_billion(session: Session) -> None:
@@ -280,6 +354,11 @@ def part_tp2_graphs(session: Session) -> None:
     compare_layout(session, "tp2-graphs", TP2 | {"cuda_graph_impl": "local"})
 
 
+def part_dp2_graphs(session: Session) -> None:
+    """Data parallelism with the distributed optimizer, the step in CUDA graphs."""
+    compare_layout(session, "dp2-graphs", {"use_distributed_optimizer": None, "cuda_graph_impl": "local"})
+
+
 def part_billion_tp2(session: Session) -> None:
     """The 1B preset at TP=2 with sequence parallelism."""
     runs = [session.billion(f"1b-tp2-{recipe}", recipe, 8, 2, **TP2) for recipe in RECIPES]
@@ -344,7 +423,7 @@ def part_te_billion(session: Session) -> None:
 PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
     "one": {
         "smoke": part_smoke, "bits": part_bits, "resume": part_resume, "billion": part_billion,
-        "billion-packed": part_billion_packed, "graphs": part_graphs,
+        "billion-packed": part_billion_packed, "graphs": part_graphs, "graph-options": part_graph_options,
         "tiny": part_tiny, "resume-billion": part_resume_billion,
         "deterministic-speed": part_deterministic_speed, "te": part_te, "te-billion": part_te_billion,
     },
@@ -352,6 +431,7 @@ PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
         "single": part_single, "tp2": part_tp2, "resume-tp2": part_resume_tp2, "dp2": part_dp2,
         "pp2": part_pp2, "cp2": part_cp2, "vpp2": part_vpp2, "tp2-fp32": part_tp2_fp32,
         "billion-tp2": part_billion_tp2, "te-tp2": part_te_tp2, "tp2-graphs": part_tp2_graphs,
+        "dp2-graphs": part_dp2_graphs,
     },
 }  # fmt: skip
 

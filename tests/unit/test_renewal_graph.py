@@ -22,7 +22,7 @@ from metis.config import BasisConfig
 from metis.decompose.sampling import MARK_COLUMNS
 from metis.errors import ConfigError
 from metis.operand import Axis
-from metis.renewal import Outcome, Work, compute_outcome, renew_bases
+from metis.renewal import Outcome, Pending, Sketch, Work, compute_outcome, renew_bases, sketch_pending
 from metis.training import graphs as step_graphs
 from metis.training import initialize, renewal_graph
 from metis.training.graphs import StepGraphs
@@ -60,7 +60,7 @@ class RerunGraph:
         """Compute what was captured from what its inputs hold now."""
         assert not self.is_reset and self.outcome is not None
         self.num_replays += 1
-        again = compute_outcome([(basis, replace(p, rows=list(p.rows))) for basis, p in self.work])
+        again = compute_outcome([(basis, p.copy()) for basis, p in self.work])
         for target, value in zip(tensors_of(self.outcome), tensors_of(again), strict=True):
             target.copy_(value)
 
@@ -88,10 +88,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[RerunGraph]:
         graph = RerunGraph.capturing
         if graph is None:
             return compute_outcome(work, token_group)
-        graph.work = [(basis, replace(p, rows=list(p.rows))) for basis, p in work]
+        graph.work = [(basis, p.copy()) for basis, p in work]
         graph.outcome = compute_outcome(work, token_group)
+        inputs = {id(tensor) for _, p in graph.work for tensor in p.tensors()}
         for value in tensors_of(graph.outcome):  # a capture computes nothing
-            value.fill_(torch.nan)
+            if id(value) not in inputs:
+                value.fill_(torch.nan)
         return graph.outcome
 
     for name, value in (
@@ -153,6 +155,44 @@ class Model:
             self.renew(step, compute)
 
 
+class SketchingModel(Model):
+    """Steps sketch some of the rows of two warm bases themselves: half of those of the first, all of the
+    other's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sketches: dict[int, Sketch] = {}
+        self.pieces = {0: self.rows[0].chunk(2), 4: (self.rows[4], None)}
+
+    def lasting(self) -> list[Tensor]:
+        """Return what replays of the step would overwrite."""
+        kept = [piece for pieces in self.pieces.values() for piece in pieces[1:] if piece is not None]
+        return [*self.rows, *kept, *(t for s in self.sketches.values() for t in (s.z, s.gram, s.count))]
+
+    def renew(self, step: int, compute: Any = None, *, moved: bool = False) -> None:
+        """Do as `Model` does, with the sketches where they have been before."""
+        taken = {}
+        for number, (first, rest) in self.pieces.items():
+            basis = self.bases[number]
+            if basis.state.phase == "warm":
+                pending = Pending(rows=[first])
+                sketch_pending([(basis.stand_in(), pending)])
+                place = self.sketches.setdefault(number, pending.sketch)
+                for name in ("z", "gram", "count"):
+                    getattr(place, name).copy_(getattr(pending.sketch, name))
+                taken[basis] = Pending(rows=[] if rest is None else [rest], sketch=place)
+        for basis, rows in zip(self.bases, self.rows, strict=True):
+            if basis in taken:
+                basis.put_aside(taken[basis])
+            elif basis.operand == "weight":
+                basis.add_weight(rows, Axis.whole(rows.shape[0]))
+            else:
+                basis.add_rows(rows)
+        renew_bases(self.bases, step, None, compute)
+        overwrite_active(self.bases)
+
+
 def assert_equal(one: Model, other: Model) -> None:
     for a, b in zip(one.bases, other.bases, strict=True):
         for name, value in a.tensors().items():
@@ -177,6 +217,28 @@ def test_a_replay_makes_the_bases_that_launches_make(graphs: type[RerunGraph], s
     (graph,) = graphs.made
     assert graph.num_replays == (4 if spoiled == "few rows" else 5)
     assert not any(torch.equal(a, b) for a, b in zip(states[-1], states[-2], strict=True))
+
+
+@pytest.mark.parametrize("spoiled", [None, "deficient", "not finite"])
+def test_a_graph_reads_what_the_step_has_sketched(graphs: type[RerunGraph], spoiled: str | None) -> None:
+    launched, graphed = SketchingModel(), SketchingModel()
+    compute = RenewalGraphs(lambda: None, graphed.lasting)
+    for step in range(8):
+        for model in (launched, graphed):
+            model.fill(step, spoiled if step == 5 else None)
+        launched.renew(step)
+        graphed.renew(step, compute)
+        assert_equal(launched, graphed)
+    (graph,) = graphs.made
+    assert graph.num_replays == 5
+    other = Model()
+    for step in range(8):  # the same rows, none of them sketched before
+        other.fill(step, spoiled if step == 5 else None)
+        other.renew(step)
+    for one, two in zip(graphed.bases, other.bases, strict=True):
+        assert one.state.num_refreshes == two.state.num_refreshes
+    compute.forget([graphed.sketches[4].gram])
+    assert graph.is_reset
 
 
 def test_tensors_of_a_state_do_not_change_with_the_next_replay(graphs: type[RerunGraph]) -> None:
