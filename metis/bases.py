@@ -401,6 +401,7 @@ class OperandBasis(nn.Module):
                     f"{prefix}{name}: shape {tuple(loaded[name].shape)} is not {tuple(value.shape)}"
                 )
                 return
+        self._pending = None  # of a step that is not the loaded one
         self.state = algebra.state_from_tensors(
             {name: value.to(current[name].dtype).clone() for name, value in loaded.items()}
         )

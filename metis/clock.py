@@ -2,11 +2,10 @@
 hand them.
 
 The engine's own microbatch counter is rank-local and has moved on by backward. The clock holds the logical
-position
-instead: the optimizer step, and the microbatch as first consumed sample // micro_batch_size, which is the
-same for any data-parallel layout. The microbatch lives in a ContextVar, so that a recomputation that runs in
-the context of its forward (as the engine is made to do) sees the forward's microbatch; backward uses what
-forward captured.
+position instead: the optimizer step, and the microbatch as first consumed sample // micro_batch_size, which
+is the same for any data-parallel layout. The microbatch lives in a ContextVar, so that a recomputation that
+runs in the context of its forward (as the engine is made to do) sees the forward's microbatch; backward uses
+what forward captured. A thread in which none was announced, such as autograd's, sees the last one.
 """
 
 from __future__ import annotations
@@ -102,20 +101,24 @@ class TrainingClock:
         self.step = 0
         self.num_tokens_per_step = num_tokens_per_step
         self.watch = OperandWatch()
-        self._microbatch: ContextVar[tuple[int, Tensor | None]] = ContextVar(
-            "metis_microbatch", default=(0, None)
-        )
+        self._microbatch: ContextVar[tuple[int, Tensor | None]] = ContextVar("metis_microbatch")
+        self._latest: tuple[int, Tensor | None] | None = None
 
-    def __getstate__(self) -> dict[str, int]:
+    def __getstate__(self) -> dict[str, Any]:
         # A ContextVar can be neither copied nor pickled; a copied clock gets one of its own.
-        state = {**vars(self), "_microbatch": self._microbatch.get()[0]}
-        del state["watch"]
-        return state
+        microbatch = self.position.microbatch if self.is_announced else None
+        return {**vars(self), "watch": None, "_latest": None, "_microbatch": microbatch}
 
-    def __setstate__(self, state: dict[str, int]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["seed"], state["num_tokens_per_step"])  # type: ignore[misc]
         self.step = state["step"]
-        self._microbatch.set((state["_microbatch"], None))
+        if state["_microbatch"] is not None:
+            self.begin_microbatch(state["_microbatch"])
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether anybody has announced a microbatch."""
+        return self._latest is not None
 
     def begin_step(self, step: int, num_tokens_per_step: int) -> None:
         """Enter optimizer step `step`."""
@@ -127,10 +130,11 @@ class TrainingClock:
 
         words: where kernels read the position, of `NoisePosition`; the caller keeps them current.
         """
-        self._microbatch.set((microbatch, words))
+        self._latest = microbatch, words
+        self._microbatch.set(self._latest)
 
     @property
     def position(self) -> NoisePosition:
         """The position that a forward pass started now belongs to."""
-        microbatch, words = self._microbatch.get()
+        microbatch, words = self._microbatch.get(self._latest) or (0, None)
         return NoisePosition(step=self.step, microbatch=microbatch, words=words)

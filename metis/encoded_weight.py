@@ -14,8 +14,9 @@ Where both products read the same tiles one copy serves both. A buffer has the s
 that the library that multiplies is asked the same. Each product fills in what depends on its own alpha.
 
 Traps:
-* An engine may write parameters through another tensor, which no version counter sees; the training loop
-  therefore clears the cache after every optimizer step.
+* An engine may write parameters through another tensor, and anybody through `.data`, which no version counter
+  sees; the training loop therefore clears the cache after every optimizer step, and `MetisLinear` keeps
+  nothing of a pass without gradients.
 * Only `WeightCache.get` looks at anything but tensors on the device; encoding and decoding launch the same
   kernels on the same places every time, and the host reads nothing back.
 
@@ -195,7 +196,7 @@ class WeightCache:
         """Return the weight as this step's products read it."""
         tensors = (w_NK, plan.v_input, plan.v_weight, plan.v_grad_output)
         # By memory and version: a view of the same basis is the same basis.
-        places = tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+        places = tuple(None if t is None else (t.data_ptr(), _version(t)) for t in tensors)
         key = (plan.position.step, *places)
         if key != self._key:
             self.clear()  # the old one goes before the new one comes
@@ -211,6 +212,10 @@ class WeightCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightCache, (self.keep,)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def encode_weight(w_NK: Tensor, plan: LinearPlan, keep: str = "auto") -> EncodedWeight:

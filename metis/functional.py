@@ -25,6 +25,7 @@ unquantised R and w; dropping (R_x V_w) U^T costs a third of y when x and w shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,7 +97,8 @@ class LinearPlan:
     v_grad_output: active bases (bf16 [features_local, r]) or None. spectral: factors of the adaptive spectral
     learning rate. sketch: takes rows for this step's new bases, when there are any to make. backend: who
     multiplies quantised operands. watch: told about every encoded operand. weights: what is kept of the
-    weight within a step, where kernels compute (`metis.encoded_weight.WeightCache`).
+    weight within a step, where kernels compute (`metis.encoded_weight.WeightCache`). after_backward: called
+    once when the backward of this pass is over.
     """
 
     recipe: Recipe
@@ -117,6 +119,7 @@ class LinearPlan:
     backend: GemmBackend = field(default_factory=EmulatedGemm)
     watch: OperandWatch | None = None
     weights: Any = None
+    after_backward: Callable[[], None] | None = None
 
     def axes(self, cell_name: str) -> tuple[Axis, Axis]:
         """Return the row and column axes of the matrix that a cell's quantiser reads."""
@@ -436,7 +439,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan, keep: bool) -> Tensor:
-        ctx.plan, ctx.weight, ctx.memo, ctx.kept, ctx.is_sketched = plan, w_NK, {}, None, False
+        ctx.plan, ctx.weight, ctx.memo, ctx.kept, ctx.is_done = plan, w_NK, {}, None, False
         y = fprop(x_MK, w_NK, plan, _accumulate_dtype(x_MK.dtype), ctx.memo).to(x_MK.dtype)
         if keep and plan.recipe.save_packed:
             ctx.kept = PackedInput(plan.open(x_MK, "wgrad_input", ctx.memo))
@@ -469,10 +472,13 @@ class _QuantizedLinear(torch.autograd.Function):
                 dx = plan.gather.scatter_sum(dx)
         if ctx.needs_input_grad[1]:
             dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x, plan, accumulate, memo))
-        if plan.sketch is not None and not ctx.is_sketched:
-            ctx.is_sketched = True  # a graph that is kept may be walked again
-            rows = plan.sketch.pick("input", x) if ctx.kept is None else first
-            feed_sketch(plan.sketch, rows, g_MN)
+        if not ctx.is_done:
+            ctx.is_done = True  # a graph that is kept may be walked again
+            if plan.sketch is not None:
+                rows = plan.sketch.pick("input", x) if ctx.kept is None else first
+                feed_sketch(plan.sketch, rows, g_MN)
+            if plan.after_backward is not None:
+                plan.after_backward()
         return dx, dw, None, None
 
 

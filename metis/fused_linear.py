@@ -104,7 +104,7 @@ class _FusedLinear(torch.autograd.Function):
         y, saved = forward(x, w, plan, keep)
         if keep:
             rows = None if plan.sketch is None else plan.sketch.pick("input", x)
-            ctx.plan, ctx.weight, ctx.is_sketched = plan, w, False
+            ctx.plan, ctx.weight, ctx.is_done = plan, w, False
             source = x if is_observed and not is_packed else None
             ctx.save_for_backward(w, rows, source, *saved.tensors())
         if plan.gathered_operand == "grad_output":
@@ -134,9 +134,12 @@ class _FusedLinear(torch.autograd.Function):
         if dx is not None and plan.gathered_operand == "input":
             assert plan.gather is not None
             dx = plan.gather.scatter_sum(dx)
-        if plan.sketch is not None and not ctx.is_sketched:
-            ctx.is_sketched = True  # a graph that is kept may be walked again
-            feed_sketch(plan.sketch, rows, g)
+        if not ctx.is_done:
+            ctx.is_done = True  # a graph that is kept may be walked again
+            if plan.sketch is not None:
+                feed_sketch(plan.sketch, rows, g)
+            if plan.after_backward is not None:
+                plan.after_backward()
         return dx, dw, None, None
 
 
@@ -155,7 +158,8 @@ def quantized_linear(x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
     """Return y = x w^T as `metis.functional.quantized_linear` defines it, on kernels where they cover it."""
     if not can_run(x_MK, w_NK, plan):
         return reference_linear(x_MK, w_NK, plan)
-    x = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    lies_well = x_MK.stride(1) == 1 and x_MK.stride(0) >= x_MK.shape[1]
+    x = x_MK if lies_well else x_MK.contiguous()
     if not torch.is_autocast_enabled(x.device.type):
         return _FusedLinear.apply(x, w_NK, plan, torch.is_grad_enabled())
     with torch.autocast(x.device.type, enabled=False):

@@ -9,8 +9,11 @@ into new bases after the optimizer step. So the basis used in step t was fixed b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,6 +189,18 @@ class LinearCore(nn.Module):
         self._lender = (owner,)
         self._borrow(frozenset({"input"}))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearCore:
+        """Copy it; without the owner of a borrowed basis, which has been copied before or is not, the copy
+        keeps and renews its own.
+        """
+        is_alone = bool(self._lender) and id(self._lender[0]) not in memo
+        clone = memo[id(self)] = self.__class__.__new__(self.__class__)
+        state = vars(self) | ({"_lender": ()} if is_alone else {})
+        clone.__setstate__(copy.deepcopy(state, memo))
+        if is_alone:
+            clone._borrow(frozenset())
+        return clone
+
     def _borrow(self, names: frozenset[str]) -> None:
         self.borrowed = names
         # Listed once: modules look their submodules up slowly, and every step asks for all of them.
@@ -199,14 +214,21 @@ class LinearCore(nn.Module):
         tokens: of all rows that this rank multiplies. sequence: x (or the output, and so its gradient) is a
         shard of those rows.
         """
-        multiple = self.recipe.axis_multiple("tokens", forward_only=not torch.is_grad_enabled())
-        for axis in (tokens, *(() if sequence is None else (sequence.tokens,))):
-            _check_tokens(multiple, self.layer, axis)
-        return quantized_linear(x_MK, w_NK, self.plan(tokens, sequence))
+        return self.multiply(x_MK, w_NK, self.plan(tokens, sequence))
 
-    def plan(self, tokens: Axis, sequence: SequenceShard | None = None) -> LinearPlan:
-        """Return the plan of a forward pass that starts now."""
-        clock, position = self.clock, self.clock.position
+    def multiply(self, x_MK: Tensor, w_NK: Tensor, plan: LinearPlan) -> Tensor:
+        """Return x w^T as `plan` says; raises ShapeError for tokens that do not fill whole blocks."""
+        multiple = self.recipe.axis_multiple("tokens", forward_only=not torch.is_grad_enabled())
+        for axis in (plan.tokens, *(() if plan.token_shard is None else (plan.token_shard,))):
+            _check_tokens(multiple, self.layer, axis)
+        return quantized_linear(x_MK, w_NK, plan)
+
+    def plan(
+        self, tokens: Axis, sequence: SequenceShard | None = None, position: NoisePosition | None = None
+    ) -> LinearPlan:
+        """Return the plan of a forward pass that starts now. position: instead of the clock's."""
+        clock = self.clock
+        position = clock.position if position is None else position
         basis = self.recipe.basis
         assert sequence is None or basis is None or basis.tp_mode != "local", "no shared basis to gather by"
         for owner in self._lender:
@@ -347,8 +369,14 @@ class MetisLinear(nn.Module):
     weight and `u` [N, r], `s` [r], `v` [K, r] are parameters beside it. backend: who multiplies FP4 operands
     (None: emulated). clock: position in training, shared by the layers of a model, which the caller advances;
     without one the layer keeps its own: its seed is drawn from torch's generator, a microbatch ends with
-    its backward, and seed and step are part of the state dict. share_input_basis_with: a linear that reads
-    the same input; this one uses its input basis and keeps none of its own (`LinearCore.borrow_input_basis`).
+    its backward unless the caller announces each one on `clock`, and seed and step are part of the state
+    dict. share_input_basis_with: a linear that reads the same input; this one uses its input basis and keeps
+    none of its own (`LinearCore.borrow_input_basis`); a copy made without that linear does.
+
+    Activation checkpointing recomputes the same bits. (Where several microbatches are announced before the
+    first backward, wrap the function in `megatron_patches.recompute_context.rerun_in_first_context`.) Kernels
+    encode the weight once per step: write it between steps, not between microbatches.
+
     Raises ShapeError when a size is no multiple of 16, on construction for features and in training for
     tokens.
     """
@@ -372,29 +400,45 @@ class MetisLinear(nn.Module):
         plain = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.weight, self.bias = plain.weight, plain.bias
         self.owns_clock = clock is None
-        if clock is None:
-            # Drawn as initial weights are: two layers without names must not share their random numbers.
-            is_random = not recipe.is_high_precision
-            clock = TrainingClock(seed=int(torch.randint(2**31, ())) if is_random else 0)
-        self.clock, self._announced, self._num_backwards, self._num_tokens = clock, 0, 0, 0
-        self.core = LinearCore(
-            recipe=recipe,
-            layer=name,
-            in_features=Axis.whole(in_features),
-            out_features=Axis.whole(out_features),
-            clock=self.clock,
-            device=self.weight.device,
-            backend=backend,
-        )
+        self.clock = TrainingClock() if clock is None else clock
+        self._is_seeded, self._num_backwards, self._num_tokens = False, 0, 0
+        self._seed_for(recipe)
+        # A basis has values from the start, which the meta device cannot keep.
+        place = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        with place if self.weight.is_meta else nullcontext():
+            self.core = LinearCore(
+                recipe=recipe,
+                layer=name,
+                in_features=Axis.whole(in_features),
+                out_features=Axis.whole(out_features),
+                clock=self.clock,
+                device=place,
+                backend=backend,
+            )
         if share_input_basis_with is not None:
             self.core.borrow_input_basis(share_input_basis_with.core)
         self.factors: FactorPath | None = None
         if recipe.reparametrisation is not None:
             self._reparametrise(recipe, recipe.reparametrisation)
 
+    def _seed_for(self, recipe: Recipe) -> None:
+        """Draw the seed of a clock of one's own when random numbers are first needed.
+
+        As initial weights are drawn: two layers without names must not share their random numbers.
+        """
+        if self.owns_clock and not self._is_seeded and not recipe.is_high_precision:
+            self.clock.seed, self._is_seeded = int(torch.randint(2**31, (), device="cpu")), True
+
     @torch.no_grad()
     def _reparametrise(self, recipe: Recipe, config: ReparametrisationConfig) -> None:
         axes = {"in_features": self.core.in_features, "out_features": self.core.out_features}
+        if self.weight.is_meta:
+            raise ConfigError(
+                f"{self.core.layer}: device",
+                f"must not be meta under recipe {recipe.name!r}, which factors the initial weight; build "
+                "the layer "
+                "where it computes",
+            )
         self.factors = FactorPath(config=config, amax_scope=recipe.amax_scope, **axes)
         rank = config.rank.columns(self.core.in_features.size)
         u, s, v, residual = split_by_svd(self.weight, rank, self.weight.dtype)
@@ -420,23 +464,31 @@ class MetisLinear(nn.Module):
         x_MK = x.reshape(-1, x.shape[-1])
         if x_MK.shape[0] == 0:
             return nn.functional.linear(x, self.weight, self.bias)
-        if self.training and self.owns_clock and torch.is_grad_enabled():
-            if self.clock.position.microbatch == self._announced:  # nobody else has announced one
-                self._announced = self._num_backwards
-                self.clock.begin_microbatch(self._announced)
-            self.clock.num_tokens_per_step = max(self.clock.num_tokens_per_step, x_MK.shape[0])
-        y = self.core(x_MK, self.weight, Axis.whole(x_MK.shape[0]))
+        y = self.core.multiply(x_MK, self.weight, self._plan(x_MK.shape[0]))
         if self.factors is not None:
             y = y + self.factors(x_MK, self.u, self.s, self.v)
         y = y if self.bias is None else y + self.bias
-        if self.owns_clock and y.requires_grad:
-            y.register_hook(self._count_backward)
         return y.view(*x.shape[:-1], -1)
 
-    def _count_backward(self, grad: Tensor) -> None:
-        """Note that a microbatch is done; counted in backward, so that recomputation sees its forward's."""
+    def _plan(self, num_tokens: int) -> LinearPlan:
+        """Return the plan of a forward pass that starts now, of so many tokens."""
+        clock, has_gradients = self.clock, torch.is_grad_enabled()
+        position: NoisePosition | None = None
+        more: dict[str, Any] = {}
+        if self.owns_clock and not clock.is_announced:
+            position = NoisePosition(clock.step, self._num_backwards)
+        if self.owns_clock and self.training and has_gradients:
+            clock.num_tokens_per_step = max(clock.num_tokens_per_step, num_tokens)
+            more["after_backward"] = partial(self._count_backward, num_tokens)
+        plan = self.core.plan(Axis.whole(num_tokens), position=position)
+        if plan.weights is not None and not has_gradients:
+            more["weights"] = WeightCache(plan.weights.keep)
+        return replace(plan, **more)
+
+    def _count_backward(self, num_tokens: int) -> None:
+        """Note that a microbatch is done: after its backward, so that recomputation sees its forward's."""
         self._num_backwards += 1
-        self._num_tokens += grad.shape[0]
+        self._num_tokens += num_tokens
 
     def extra_repr(self) -> str:
         """Return sizes, bias and recipe for `repr`."""
@@ -464,6 +516,7 @@ class MetisLinear(nn.Module):
         Call it between optimizer steps; bases carry over as in `LinearCore.set_recipe`, with its errors.
         """
         recipe = resolve_recipe(recipe) if isinstance(recipe, str) else recipe
+        self._seed_for(recipe)
         self.core.set_recipe(recipe, self.weight.device)
         if self.factors is not None:
             self.factors = self.factors.under(recipe)
@@ -472,13 +525,12 @@ class MetisLinear(nn.Module):
         """Renew the bases from this step's sketches and enter the next step (with a clock of one's own)."""
         advance_bases([(self.core, self.weight)], self.clock.step)
         if self.owns_clock:
-            num_tokens = max(self.clock.num_tokens_per_step, self._num_tokens)
-            self.clock.begin_step(self.clock.step + 1, num_tokens)
+            self.clock.begin_step(self.clock.step + 1, self._num_tokens or self.clock.num_tokens_per_step)
             self._num_backwards = self._num_tokens = 0
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.owns_clock and not self.core.recipe.is_high_precision:
+        if self._is_seeded:
             clock = self.clock
             values = [clock.seed, clock.step, clock.num_tokens_per_step]
             destination[prefix + "clock"] = torch.tensor(values, dtype=torch.int64)
@@ -491,5 +543,6 @@ class MetisLinear(nn.Module):
         state_dict[prefix + "clock"] = stored
         self.clock.seed, step, num_tokens = (int(value) for value in stored)
         self.clock.begin_step(step, num_tokens)
+        self._is_seeded, self._num_backwards, self._num_tokens = True, 0, 0
         for _, basis in self.core.own_bases():
             basis.seed = self.clock.seed

@@ -95,7 +95,7 @@ def gemm(
     status = library.cublasGemmEx(
         handle, op_b, op_a, n, m, k, alpha.data_ptr(), b.data_ptr(), _DATA_TYPES[b.dtype], ldb,
         a.data_ptr(), _DATA_TYPES[a.dtype], lda, beta.data_ptr(), out.data_ptr(), _DATA_TYPES[out.dtype],
-        out.stride(0), _COMPUTE_32F, _DEFAULT_ALGORITHM,
+        max(out.stride(0), n), _COMPUTE_32F, _DEFAULT_ALGORITHM,
     )  # fmt: skip
     library.cublasSetPointerMode_v2(handle, _POINTER_MODE_HOST)
     if status != 0:
@@ -110,14 +110,16 @@ def _operation(matrix: Tensor, is_left: bool) -> tuple[int, int]:
     """Return (operation, leading dimension) of a matrix [rows, K] that cuBLAS reads as [rows, K] (on the
     left) or [K, rows].
 
-    Row-major memory is a column-major [K, rows].
+    Row-major memory is a column-major [K, rows]. The stride of an axis of size one says nothing.
     """
-    rows, columns = matrix.stride()
-    if columns == 1:
-        return (_OP_T if is_left else _OP_N), rows
-    if rows == 1:
-        return (_OP_N if is_left else _OP_T), columns
+    num_rows, num_columns = matrix.shape
+    by_row, by_column = matrix.stride()
+    if by_column == 1 and (by_row >= num_columns or num_rows == 1):
+        return (_OP_T if is_left else _OP_N), max(by_row, num_columns)
+    if by_row == 1 and (by_column >= num_rows or num_columns == 1):
+        return (_OP_N if is_left else _OP_T), max(by_column, num_rows)
     raise ShapeError(
         "metis.gemm.cublas",
-        f"an operand must be contiguous along one axis, received strides {matrix.stride()}",
+        "an operand must be contiguous along one axis, and its rows must not overlap, received strides "
+        f"{matrix.stride()} for {tuple(matrix.shape)}",
     )

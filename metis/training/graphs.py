@@ -148,6 +148,7 @@ class StepGraphs:
             if captured is not None:
                 captured.graph.reset()
         self._kinds.clear()
+        self._staged.clear()
         self._pool = None
 
     def _remember(self, kind: tuple[Any, ...], captured: _Captured | None) -> None:
@@ -159,6 +160,8 @@ class StepGraphs:
         if oldest is not None:
             oldest.graph.reset()
             self.renewals.forget(_left_behind(oldest))
+        layouts = {layout for layout, *_ in self._kinds}
+        self._staged = {layout: staged for layout, staged in self._staged.items() if layout in layouts}
         if not any(self._kinds.values()):
             self.renewals.release()
             self._pool = None

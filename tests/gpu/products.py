@@ -8,6 +8,7 @@ Ends with a JSON object of relative errors by case; the exit status is 1 when on
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from metis.gemm import cublas
 
-SHAPES = ((256, 512, 384), (16, 4096, 768), (8192, 4096, 1024), (48, 1000, 64))
+SHAPES = ((256, 512, 384), (16, 4096, 768), (8192, 4096, 1024), (48, 1000, 64),
+          (1, 512, 64), (64, 512, 1), (64, 1, 48))  # fmt: skip
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 3e-3}
 """Of the relative Frobenius error: fp32 sums of up to 4096 terms; one rounding to bf16."""
 
@@ -40,10 +42,10 @@ def main() -> int:
     torch.manual_seed(0)
     errors: dict[str, float] = {}
     failed = []
-    for m, k, n in SHAPES:
+    for (m, k, n), extras in itertools.product(SHAPES, ((64, 32), (0, 0))):
         for a_turned in (False, True):
             for b_turned in (False, True):
-                a, b = operand(m, k, a_turned, 64), operand(n, k, b_turned, 32)
+                a, b = operand(m, k, a_turned, extras[0]), operand(n, k, b_turned, extras[1])
                 alpha = torch.tensor(0.37, device="cuda")
                 exact = (a.double() @ b.double().t()) * 0.37
                 for dtype, limit in LIMITS.items():
@@ -53,7 +55,7 @@ def main() -> int:
                         out[:, :n] = before
                         cublas.gemm(a, b, out[:, :n], alpha=alpha, accumulate=accumulate)
                         expected = exact + before.double() if accumulate else exact
-                        name = f"{m}x{k}x{n} {a_turned} {b_turned} {dtype} {'+=' if accumulate else '='}"
+                        name = f"{m}x{k}x{n} {extras} {a_turned} {b_turned} {dtype} {'+=' if accumulate else '='}"
                         errors[name] = relative(out[:, :n], expected)
                         beside = bool((out[:, n:] == 7.0).all())
                         if not errors[name] <= limit or not beside:

@@ -27,11 +27,11 @@ from metis import encoded_weight, fused_linear, fused_operand, fused_products
 from metis.clock import OperandWatch, TrainingClock
 from metis.config import CELL_NAMES, BasisConfig, QuantizerConfig, RankConfig, Recipe, RhtConfig, SplitConfig
 from metis.encoded_weight import CHOICES, KEEP, encode_weight
-from metis.errors import ConfigError
+from metis.errors import ConfigError, ShapeError
 from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.functional import quantized_linear as definition
 from metis.fused_linear import WeightCache, is_fusable, quantized_linear
-from metis.gemm import EmulatedGemm
+from metis.gemm import EmulatedGemm, cublas, scaled_product
 from metis.kernels import splitting
 from metis.nn import MetisLinear
 from metis.operand import Axis, EncodedMatrix, encode, merged
@@ -653,6 +653,58 @@ def test_evaluation_after_training_reads_the_new_weight(seen: Recorder) -> None:
         one.clock.begin_step(4, TOKENS)
     with torch.no_grad():
         assert torch.equal(layer(x), fresh(x)) and torch.equal(layer(x[:48]), layer(x)[:48])
+
+
+def test_a_weight_that_is_written_unseen_for_an_evaluation_is_read(seen: Recorder) -> None:
+    """As averaged weights are, through `.data`, which no version counter sees: there, evaluate, and back."""
+    layer, x = small_layer(RECIPES["nvfp4_direct"]), torch.randn(TOKENS, 64, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    layer.after_step()
+    trained = layer.weight.detach().clone()
+    layer.weight.data.copy_(4 * trained)
+    with torch.no_grad():
+        large = layer(x)
+    layer.weight.data.copy_(trained)
+    with torch.no_grad():
+        small = layer(x)
+    assert torch.equal(layer(x).detach(), small) and float((large - 4 * small).norm() / large.norm()) < 0.1
+
+
+def test_an_inference_tensor_can_be_a_weight(seen: Recorder) -> None:
+    with torch.inference_mode():
+        layer = small_layer(RECIPES["nvfp4_direct"])
+        x = torch.randn(TOKENS, 64, dtype=torch.bfloat16)
+        assert bool(torch.isfinite(layer(x)).all())
+
+
+@pytest.mark.parametrize("name", ["metis", "nvfp4_forward_bf16", "nvfp4_backward_bf16"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_products_get_what_cublas_takes(name: str, rank: int, seen: Recorder, monkeypatch) -> None:
+    """Leading dimensions as large as what they lead, for a rank of one and rows that repeat or overlap."""
+    number_of_products = 0
+
+    def checked(a: Tensor, b: Tensor, out: Tensor, *more: Any, **options: Any) -> Tensor:
+        nonlocal number_of_products
+        number_of_products += 1
+        for matrix, is_left in ((a, False), (b, True)):
+            operation, leading = cublas._operation(matrix, is_left=is_left)
+            is_by_rows = (operation == cublas._OP_T) == is_left
+            assert leading >= matrix.shape[1 if is_by_rows else 0], (tuple(matrix.shape), matrix.stride())
+        return scaled_product(a, b, out, *more, **options)
+
+    for module in (encoded_weight, fused_products):
+        monkeypatch.setattr(module, "scaled_product", checked)
+    layer = small_layer(_split(RECIPES[name], *EVERYTHING, rank=RankConfig(fixed=rank)))
+    row = torch.randn(1, 64, dtype=torch.bfloat16)
+    frames = torch.randn(8 * TOKENS + 64, dtype=torch.bfloat16).as_strided((TOKENS, 64), (8, 1))
+    for step, x in enumerate((torch.randn(TOKENS, 64).bfloat16(), row.expand(TOKENS, 64), frames)):
+        layer.clock.begin_step(step, TOKENS)
+        layer(x).square().mean().backward()
+        layer.after_step()
+    assert layer.core.bases["weight" if name != "nvfp4_backward_bf16" else "input"].active.shape[1] == rank
+    assert number_of_products >= 8
+    with pytest.raises(ShapeError, match="must not overlap"):
+        cublas._operation(row.expand(2, 64), is_left=True)
 
 
 def test_layers_can_be_copied_and_pickled_in_mid_step(seen: Recorder) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -285,6 +288,49 @@ def test_recomputation_gives_the_same_gradients_and_sketches(recipe: Recipe, ree
     )
 
 
+def _backward(y: Tensor, g: Tensor, in_a_thread: bool) -> None:
+    """Walk back here, or in a thread as autograd does on a GPU."""
+    if not in_a_thread:
+        y.backward(g)
+        return
+    thread = threading.Thread(target=y.backward, args=(g,))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "recipe", [NVFP4, METIS, replace(METIS, save_packed=True)], ids=["nvfp4", "metis", "packed"]
+)
+@pytest.mark.parametrize("clock", ["own", "announced"])
+def test_plain_checkpoints_recompute_the_microbatch_of_their_forward(
+    clock: str, recipe: Recipe, reentrant: bool, in_a_thread: bool
+):
+    """Nothing but torch's own checkpoint, microbatch after microbatch."""
+    results = []
+    for is_recomputed in (False, True):
+        shared = TrainingClock(seed=3, num_tokens_per_step=3 * TOKENS)
+        layer = _layer(recipe, **({} if clock == "own" else {"clock": shared}))
+        function = layer if not is_recomputed else partial(checkpoint, layer, use_reentrant=reentrant)
+        got: list[Tensor] = []
+        for step in range(2):
+            layer.zero_grad()
+            for microbatch in range(3):
+                if clock == "announced":
+                    shared.begin_microbatch(microbatch)
+                x, g = _batch(10 * step + microbatch)
+                y = function(x.requires_grad_())
+                _backward(y, g, in_a_thread)
+                got += [y.detach(), x.grad]
+            got += [parameter.grad.clone() for parameter in layer.parameters()]
+            layer.after_step()
+            if clock == "announced":
+                shared.begin_step(step + 1, 3 * TOKENS)
+        results.append([*got, *(v for n, v in layer.state_dict().items() if "bases" in n)])
+    _assert_all_equal(results[1], results[0], "recomputed")
+
+
 @pytest.mark.parametrize("steps_before", [1, 6, 8, 9])
 @pytest.mark.parametrize("recipe", [NVFP4, METIS, METIS_PAPER], ids=lambda recipe: recipe.name)
 def test_resume_from_a_state_dict_is_bitwise(recipe: Recipe, steps_before: int):
@@ -487,6 +533,76 @@ def test_accumulated_microbatches_draw_their_own_noise():
     assert not torch.equal(*grads)
     layer.after_step()
     assert layer.clock.num_tokens_per_step == 2 * TOKENS
+
+
+def test_the_tokens_of_a_step_are_those_of_the_last_one():
+    """A smaller batch samples as densely as it would from the start; evaluation does not count."""
+    layer = _layer(NVFP4)
+    for tokens, num_microbatches in ((TOKENS, 4), (32, 2), (64, 1)):
+        for _ in range(num_microbatches):
+            x, g = _batch(0, tokens)
+            layer(x).backward(g)
+        layer.eval()
+        layer(x).backward(g)
+        layer.train()
+        layer.after_step()
+        assert layer.clock.num_tokens_per_step == tokens * num_microbatches
+
+
+def test_a_layer_that_starts_in_bf16_draws_its_seed_when_it_needs_one():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    plain = torch.nn.Linear(IN, OUT)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    first = MetisLinear(IN, OUT, recipe=BF16)
+    assert torch.equal(torch.get_rng_state(), after) and set(first.state_dict()) == set(plain.state_dict())
+    second = MetisLinear(IN, OUT, recipe=BF16)
+    for layer in (first, second):
+        layer.set_recipe(METIS)
+    assert 0 != first.clock.seed != second.clock.seed != 0
+    assert {basis.seed for _, basis in first.core.own_bases()} == {first.clock.seed}
+
+
+def test_seed_and_step_survive_a_phase_in_bf16():
+    layer = _layer(NVFP4)
+    for step in range(3):
+        _step(layer, step)
+    layer.set_recipe(BF16)
+    _step(layer, 3)
+    resumed = MetisLinear(IN, OUT, recipe=BF16, name="decoder.layers.0.mlp.linear_fc1")
+    resumed.load_state_dict(layer.state_dict())
+    for one in (layer, resumed):
+        one.set_recipe(NVFP4)
+    assert (resumed.clock.seed, resumed.clock.step) == (layer.clock.seed, 4)
+    _assert_all_equal(_step(resumed, 4), _step(layer, 4), "after bf16")
+
+
+def test_loading_forgets_a_step_that_was_broken_off():
+    layer = _layer(METIS)
+    _step(layer, 0)
+    state = copy.deepcopy(layer.state_dict())
+    expected = [_step(layer, step) for step in (1, 2)]
+    x, g = _batch(9)
+    layer(x).backward(g)
+    layer.load_state_dict(state)
+    for step, those in zip((1, 2), expected, strict=True):
+        _assert_all_equal(_step(layer, step), those, f"step {step}")
+    assert layer.clock.num_tokens_per_step == TOKENS
+
+
+@pytest.mark.parametrize("by_context", [False, True])
+def test_a_layer_built_on_the_meta_device_takes_a_state_dict(by_context: bool):
+    layer = _layer(METIS)
+    _step(layer, 0)
+    with torch.device("meta") if by_context else nullcontext():
+        other = _layer(METIS, **({} if by_context else {"device": "meta"}))
+    assert other.weight.is_meta
+    other.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    for step in range(1, 9):
+        _assert_all_equal(_step(other, step), _step(layer, step), f"step {step}")
+    with pytest.raises(ConfigError, match=r"must not be meta under recipe 'metis_paper'"):
+        MetisLinear(IN, OUT, recipe=METIS_PAPER, device="meta")
 
 
 @pytest.mark.parametrize("steps_before", [1, 5, 9])

@@ -194,3 +194,18 @@ def test_another_input_or_a_borrower_cannot_be_shared_with():
         MetisLinear(IN, OUT, recipe=METIS, name="v", share_input_basis_with=borrower)
     with pytest.raises(ConfigError, match="must be shared with the linear that renews it"):
         owner.core.borrow_input_basis(owner.core)
+
+
+def test_a_reader_copied_without_its_owner_has_a_basis_of_its_own():
+    readers = _Readers(METIS, shared=True)
+    readers.step(0)
+    alone, together = copy.deepcopy(readers.k), copy.deepcopy(readers)
+    assert readers.k.core.borrowed == together.k.core.borrowed == {"input"} and not alone.core.borrowed
+    assert together.k.core.bases["input"] is together.q.core.bases["input"]
+    before = alone.core.bases["input"].state.num_refreshes
+    for _ in range(METIS.basis.refresh_interval_steps + 1):
+        alone(torch.randn(TOKENS, IN)).sum().backward()
+        alone.after_step()
+        alone.clock.begin_step(alone.clock.step + 1, TOKENS)
+    assert alone.core.bases["input"].state.num_refreshes > before
+    assert readers.k.core.bases["input"].state.num_refreshes == before

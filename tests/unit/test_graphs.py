@@ -120,6 +120,32 @@ def test_the_last_kind_of_a_long_ramp_up_is_captured_and_the_oldest_graphs_go(mo
     assert [graph.is_reset for graph in made] == [True] * (len(made) - MAX_KINDS) + [False] * MAX_KINDS
 
 
+def test_batches_that_no_kind_reads_any_more_leave_the_device(monkeypatch):
+    stage = StepGraphs._stage
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(StepGraphs, "_stage", stage)
+    for name in ("zeros", "empty_like"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(
+            torch,
+            name,
+            lambda *size, original=original, **options: original(*size, **options | {"device": "cpu"}),
+        )
+
+    def make(num_tokens: int) -> None:
+        batch = {"tokens": torch.ones(1, num_tokens), "first_sample": 0}
+        steps.graphs(iter([batch]), 1)
+
+    for num_tokens in range(1, 3 * MAX_KINDS):
+        for _ in range(3):
+            make(num_tokens)
+    assert len(steps.graphs._staged) == MAX_KINDS
+    make(3 * MAX_KINDS - 1)
+    assert CountedGraph.made[-1].num_replays == 3
+    steps.graphs.release()
+    assert not steps.graphs._staged
+
+
 def test_bases_that_ranks_renew_for_themselves_are_refused(tmp_path):
     """In any phase: ranks may want sketches in different steps; one would capture while another launches."""
     (tmp_path / "local.json").write_text('{"base": "metis", "basis": {"tp_mode": "local"}}')
