@@ -55,7 +55,7 @@ def main() -> int:
                         out[:, :n] = before
                         cublas.gemm(a, b, out[:, :n], alpha=alpha, accumulate=accumulate)
                         expected = exact + before.double() if accumulate else exact
-                        name = f"{m}x{k}x{n} {extras} {a_turned} {b_turned} {dtype} {'+=' if accumulate else '='}"
+                        name = f"{m}x{k}x{n} {extras} {a_turned} {b_turned} {dtype} {accumulate}"
                         errors[name] = relative(out[:, :n], expected)
                         beside = bool((out[:, n:] == 7.0).all())
                         if not errors[name] <= limit or not beside:
