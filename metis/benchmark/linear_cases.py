@@ -2,7 +2,8 @@
 
 One idea: a contender is a small object that runs one microbatch and ends a step; all of them are timed step
 by step in turn, so that clocks drift alike. Steps that renew bases are told apart by what the bases say
-beforehand, and reported apart: refreshing costs `refresh - plain` once in so many steps.
+beforehand, and reported apart: refreshing costs `refresh - plain` once in so many steps. Where every step
+refreshes (an interval of 1) there is nothing to subtract: the step is what it takes with its refresh.
 
     grad        dw is left in `weight.grad`, in the weight's dtype, as with plain PyTorch main_grad   dw is
     added to an fp32 `weight.main_grad`, as in training on megatron-core: by a pass of its own
@@ -84,6 +85,11 @@ class Contender:
         """Steps from one renewal of its bases to the next, None without bases."""
         return None
 
+    @property
+    def num_cold_steps(self) -> int:
+        """Steps until it runs as it always will."""
+        return _COLD_STEPS
+
     def is_refreshing(self) -> bool:
         """Whether the coming step sketches and renews bases."""
         return False
@@ -119,6 +125,12 @@ class MetisContender(Contender):
         """The recipe's, where it keeps bases."""
         bases, config = self.metis.core.own_bases(), self.metis.core.recipe.basis
         return config.refresh_interval_steps if bases and config is not None else None
+
+    @property
+    def num_cold_steps(self) -> int:
+        """As many as its bases need at least."""
+        config = self.metis.core.recipe.basis
+        return max(_COLD_STEPS, config.num_cold_steps if config is not None else 0)
 
     def is_refreshing(self) -> bool:
         """Ask the bases."""
@@ -293,6 +305,14 @@ def _step(contender: Contender, job: LinearJob, cycle: _Cycle) -> None:
     contender.end_step()
 
 
+def _skip_refreshes(contender: Contender, job: LinearJob, cycle: _Cycle) -> None:
+    """Run the steps before the next plain one; no more than an interval, after which each step refreshes."""
+    for _ in range(contender.refresh_interval or 0):
+        if not contender.is_refreshing():
+            return
+        _step(contender, job, cycle)
+
+
 def _prepare(entrant: Entrant, job: LinearJob, cycle: _Cycle, stopwatch: Stopwatch) -> None:
     """Build a contender, run it past its first regular refresh, and take its memory and launch time."""
     on_gpu = stopwatch.on_gpu
@@ -300,19 +320,17 @@ def _prepare(entrant: Entrant, job: LinearJob, cycle: _Cycle, stopwatch: Stopwat
     before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         contender = entrant.build()
-        for _ in range(_COLD_STEPS + (contender.refresh_interval or 0)):
+        for _ in range(contender.num_cold_steps + (contender.refresh_interval or 0)):
             _step(contender, job, cycle)
-        while contender.is_refreshing():
-            _step(contender, job, cycle)
+        _skip_refreshes(contender, job, cycle)
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         _step(contender, job, cycle)
         if on_gpu:
             entrant.memory_bytes = torch.cuda.max_memory_allocated() - before
-        while contender.is_refreshing():
-            _step(contender, job, cycle)
         entrant.host_seconds = _host_seconds(contender, job, cycle, stopwatch)
+        _skip_refreshes(contender, job, cycle)  # the first timed step is a plain one, if there are any
     except (_AbsentError, MetisError) as error:
         entrant.reason = str(error)
     except Exception as error:  # one broken contender must not hide the others
@@ -322,11 +340,10 @@ def _prepare(entrant: Entrant, job: LinearJob, cycle: _Cycle, stopwatch: Stopwat
 
 
 def _host_seconds(contender: Contender, job: LinearJob, cycle: _Cycle, stopwatch: Stopwatch) -> float | None:
-    """Return the host's time for one plain step, launched while the GPU is busy."""
+    """Return the host's time for one step, a plain one if there are any, launched while the GPU is busy."""
     seconds = []
     for _ in range(3):
-        while contender.is_refreshing():
-            _step(contender, job, cycle)
+        _skip_refreshes(contender, job, cycle)
         one = stopwatch.host_seconds(lambda _: _step(contender, job, cycle), num_calls=1)
         if one is None:
             return None
@@ -367,7 +384,7 @@ def _rows(job: LinearJob, measured: list[Entrant], ceiling: Samples) -> list[dic
             "reason": entrant.reason, "failed": entrant.failed,
         }  # fmt: skip
         rows.append(row)
-        if entrant.contender is None or not entrant.plain:
+        if entrant.contender is None:
             continue
         row |= _numbers(entrant, entrant.contender, per_step, ceiling.median)
         if entrant.gradient in reference:
@@ -376,22 +393,28 @@ def _rows(job: LinearJob, measured: list[Entrant], ceiling: Samples) -> list[dic
 
 
 def _numbers(entrant: Entrant, contender: Contender, tera_flops: float, ceiling: float) -> dict[str, Any]:
-    plain, interval = Samples(tuple(entrant.plain)), contender.refresh_interval
+    interval = contender.refresh_interval
+    refreshes_always = not entrant.plain
+    step = Samples(tuple(entrant.refresh if refreshes_always else entrant.plain))
     numbers: dict[str, Any] = {
-        "ms": 1e3 * plain.median,
-        "spread_ms": 1e3 * plain.spread,
+        "ms": 1e3 * step.median,
+        "spread_ms": 1e3 * step.spread,
         "host_ms": None if entrant.host_seconds is None else 1e3 * entrant.host_seconds,
-        "tflops": tera_flops / plain.median,
-        "of_ceiling": ceiling / plain.median,
+        "tflops": tera_flops / step.median,
+        "of_ceiling": ceiling / step.median,
         "memory_mb": None if entrant.memory_bytes is None else entrant.memory_bytes / 1e6,
         "samples_ms": [1e3 * seconds for seconds in entrant.plain],
     }
     if interval is not None and entrant.refresh:
-        more = 1e3 * (Samples(tuple(entrant.refresh)).median - plain.median)
         numbers |= {
-            "refresh_ms": more,
             "refresh_interval_steps": interval,
-            "refresh_percent": 100.0 * more / interval / (1e3 * plain.median),
+            "refreshes_always": refreshes_always,
             "refresh_samples_ms": [1e3 * seconds for seconds in entrant.refresh],
         }
+        if not refreshes_always:
+            more = 1e3 * (Samples(tuple(entrant.refresh)).median - step.median)
+            numbers |= {
+                "refresh_ms": more,
+                "refresh_percent": 100.0 * more / interval / (1e3 * step.median),
+            }
     return numbers

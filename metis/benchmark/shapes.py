@@ -6,7 +6,7 @@ Torch-free: a mistyped shape is answered at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,18 @@ def require_tokens(tokens: int) -> int:
     if tokens < 1 or tokens % MULTIPLE:
         raise ConfigError("--tokens", f"must be a positive multiple of {MULTIPLE}, received {tokens}")
     return tokens
+
+
+def require_distinct(option: str, given: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse what was `given` if two of its `names`, by which rows and files are told apart, are the same."""
+    for name in names:
+        same = [what for what, other in zip(given, names, strict=True) if other == name]
+        if len(same) > 1:
+            raise ConfigError(
+                option,
+                f"must have different names, received {name!r} {len(same)} times ({', '.join(same)}); "
+                "rename all but one or leave them out",
+            )
 
 
 def linears_of(model: str) -> list[LinearShape]:

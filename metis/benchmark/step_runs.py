@@ -22,13 +22,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metis.benchmark.shapes import StepModel
+from metis.benchmark.shapes import StepModel, require_distinct
 from metis.benchmark.step_worker import WorkerJob
 from metis.benchmark.timing import Samples
 from metis.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _LOG_END = 3000
+_OURS = (
+    "--preset", "--device", "--recipe", "--fp4-format", "--train-iters", "--train-samples", "--metrics-file",
+    "--save", "--load", "--print-config",
+)  # fmt: skip
+"""Options of the trainer that the user must leave to the benchmark."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +87,21 @@ class Contender:
             (self.refresh if refreshing else self.plain).append(row["step_seconds"])
 
     @property
-    def amortised_seconds(self) -> float:
-        """Mean step over a refresh interval, from the medians of its two kinds of steps."""
-        plain = Samples(tuple(self.plain)).median
-        if self.refresh_interval is None or not self.refresh:
+    def amortised_seconds(self) -> float | None:
+        """Mean step over a refresh interval, from the medians of its two kinds of steps.
+
+        None where plain steps are part of it and none was timed.
+        """
+        plain, refresh, interval = _median(self.plain), _median(self.refresh), self.refresh_interval
+        if interval == 1:
+            return refresh
+        if plain is None or refresh is None or interval is None:
             return plain
-        refresh = Samples(tuple(self.refresh)).median
-        return plain + (refresh - plain) / self.refresh_interval
+        return plain + (refresh - plain) / interval
+
+
+def _median(seconds: Sequence[float]) -> float | None:
+    return Samples(tuple(seconds)).median if seconds else None
 
 
 Launch = Callable[[StepSettings, WorkerJob, Path], str | None]
@@ -96,10 +109,15 @@ Launch = Callable[[StepSettings, WorkerJob, Path], str | None]
 
 
 def contenders(recipes: Sequence[str], transformer_engine: bool) -> list[Contender]:
-    """Return the runs to make: bf16 by Transformer Engine beside our own if asked for, then each recipe."""
+    """Return the runs to make: bf16 by Transformer Engine beside our own if asked for, then each recipe.
+
+    Raises ConfigError for recipes that would have the same name.
+    """
+    names = [Path(recipe).name for recipe in recipes]
+    require_distinct("--recipes", recipes, names)
     found = []
-    for recipe in recipes:
-        found.append(Contender(Path(recipe).name, recipe, ("--transformer-impl", "local")))
+    for name, recipe in zip(names, recipes, strict=True):
+        found.append(Contender(name, recipe, ("--transformer-impl", "local")))
         if transformer_engine and recipe == "bf16":
             implementation = ("--transformer-impl", "transformer_engine")
             found.append(Contender("bf16, Transformer Engine", recipe, implementation))
@@ -132,9 +150,7 @@ def resolve(settings: StepSettings, contender: Contender) -> None:
     from metis.training.arguments import parse_args, validate_args
     from metis.training.preflight import preflight
 
-    for option in ("--train-iters", "--train-samples", "--metrics-file", "--save", "--load", "--recipe"):
-        if option in settings.more:
-            raise ConfigError(option, "must not be among the trainer's options: the benchmark sets it")
+    _refuse_ours(settings.more)
     args = parse_args(
         [*trainer_options(settings, contender, num_iterations(settings, None)), "--print-config"]
     )
@@ -142,6 +158,19 @@ def resolve(settings: StepSettings, contender: Contender) -> None:
     validate_args(args, args.world_size)
     preflight(args)
     contender.config = resolved_config(args)
+
+
+def _refuse_ours(more: Sequence[str]) -> None:
+    """Refuse what is ours among the user's options, however the trainer lets it be spelled."""
+    from metis.training.arguments import build_parser
+    from metis.training.options import OPTIONS
+
+    given, _ = build_parser().parse_known_args(list(more))
+    for option in OPTIONS:
+        if option.dest in given and option.flags[0] in _OURS:
+            raise ConfigError(
+                option.flags[0], "must not be among the trainer's options: the benchmark sets it; see --help"
+            )
 
 
 def profile_after(num_steps: int, num_profiled: int, interval: int | None) -> int:
@@ -248,9 +277,10 @@ def ceilings(device: str) -> dict[str, Any]:
 def rows_of(
     settings: StepSettings, measured: Sequence[Contender], gemm_flops_per_second: float
 ) -> list[dict[str, Any]]:
-    """Return one row per contender, with the ratio to our own bf16."""
+    """Return one row per contender, with the ratio to our own bf16; None for what was not timed."""
     rows: list[dict[str, Any]] = []
     reference = next((c for c in measured if c.recipe == "bf16" and c.reason is None), None)
+    bf16 = None if reference is None else reference.amortised_seconds
     for contender in measured:
         config = contender.config
         row: dict[str, Any] = {
@@ -262,19 +292,20 @@ def rows_of(
         rows.append(row)
         if contender.reason is not None:
             continue
-        plain, mean = Samples(tuple(contender.plain)), contender.amortised_seconds
-        flops = config["flops_per_iteration"] / settings.num_gpus / mean
+        plain, refresh = _median(contender.plain), _median(contender.refresh)
+        mean = contender.amortised_seconds
+        flops = None if mean is None else config["flops_per_iteration"] / settings.num_gpus / mean
         row |= {
-            "ms": 1e3 * plain.median,
-            "spread_ms": 1e3 * plain.spread,
-            "refresh_ms": 1e3 * Samples(tuple(contender.refresh)).median if contender.refresh else None,
-            "amortised_ms": 1e3 * mean,
-            "refresh_percent": 100.0 * (mean / plain.median - 1.0) if contender.refresh else None,
-            "tokens_per_second": config["tokens_per_iteration"] / mean,
-            "tflops": 1e-12 * flops,
-            "of_ceiling": flops / gemm_flops_per_second,
+            "ms": None if plain is None else 1e3 * plain,
+            "spread_ms": None if plain is None else 1e3 * Samples(tuple(contender.plain)).spread,
+            "refresh_ms": None if refresh is None else 1e3 * refresh,
+            "amortised_ms": None if mean is None else 1e3 * mean,
+            "refresh_percent": 100.0 * (mean / plain - 1.0) if plain and mean and refresh else None,
+            "tokens_per_second": None if mean is None else config["tokens_per_iteration"] / mean,
+            "tflops": None if flops is None else 1e-12 * flops,
+            "of_ceiling": None if flops is None else flops / gemm_flops_per_second,
             "peak_gib": None if contender.peak_bytes is None else contender.peak_bytes / 2**30,
-            "to_bf16": None if reference is None else mean / reference.amortised_seconds,
+            "to_bf16": None if mean is None or bf16 is None else mean / bf16,
             "samples_ms": [1e3 * seconds for seconds in contender.plain],
             "refresh_samples_ms": [1e3 * seconds for seconds in contender.refresh],
             "losses": contender.losses,

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from metis.benchmark import kernel_cases, linear_cases, step_runs
 from metis.benchmark.shapes import LinearShape, step_model
 from metis.benchmark.step_worker import WorkerJob, run_job
 from metis.benchmark.timing import Stopwatch
-from metis.recipes import resolve_recipe
+from metis.recipes import resolve_recipe, with_changes
 from tests._distributed import run_ranks, use_fast_checkpoint_queue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ TINY = (
     "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2 "
     "--kv-channels 16 --seq-length 32 --max-position-embeddings 32 --vocab-size 255"
 ).split()
+EVERY_STEP = "base: metis\nbasis: {refresh_interval_steps: 1}\n"
 BF16_SQNR_DB = 45.0  # of a bf16 gradient accumulator against float64; measured 50
 FP4_SQNR_DB = 12.0  # of a gradient by nvfp4 against float64; measured 16
 
@@ -65,11 +67,14 @@ def table_of(text: str) -> list[list[str]]:
         ("kernels.py", ["--calls", "0"], "error: --calls: must be at least 1"),
         ("linear.py", ["--recipes", "bf16,metas"], "did you mean 'metis'"),
         ("linear.py", ["--tokens", "100"], "error: --tokens: must be a positive multiple of 16"),
+        ("linear.py", ["--recipes", "metis,metis"], "received 'metis' 2 times (metis, metis); rename"),
         ("linear.py", ["--round", "3"], "unrecognized arguments: --round"),
         ("train_step.py", ["--preset", "tinny"], "did you mean 'tiny'"),
         ("train_step.py", ["--steps", "0"], "error: --steps: must be at least 1"),
+        ("train_step.py", ["--recipes", "a/x.yaml,b/x.yaml"], "'x.yaml' 2 times (a/x.yaml, b/x.yaml)"),
         ("train_step.py", ["--device", "cpu", "--", "--num-layer", "2"], "did you mean '--num-layers'"),
         ("train_step.py", ["--device", "cpu", "--", "--save", "x"], "error: --save: must not be among"),
+        ("train_step.py", ["--device", "cpu", "--", "--recipe=nvfp4"], "error: --recipe: must not be among"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tool: str, arguments: list[str], message: str):
@@ -148,6 +153,34 @@ def test_linear_compares_recipes_with_torch(tmp_path):
         (linear_cases.TE, "grad"), (linear_cases.TE, "main_grad"), (linear_cases.TORCH_FUSED, "main_grad"),
     }  # fmt: skip
     assert len(table_of(text)) == 2 + len(rows)
+
+
+def test_a_linear_whose_every_step_renews_bases_is_timed_with_that(tmp_path):
+    (tmp_path / "every.yaml").write_text(EVERY_STEP)
+    text, found = measured(
+        "linear.py", tmp_path / "l.json", "--shape", "64x96", "--tokens", "64", "--rounds", "3",
+        "--gradient", "grad", "--recipes", f"{tmp_path / 'every.yaml'},metis",
+    )  # fmt: skip
+    rows = {row["name"]: row for row in found["rows"]}
+    every = rows["metis.nn.MetisLinear, every"]
+    assert every["refreshes_always"] and every["refresh_interval_steps"] == 1 and not every["samples_ms"]
+    assert every["ms"] == pytest.approx(sorted(every["refresh_samples_ms"])[1])
+    assert every["to_bf16"] == pytest.approx(every["ms"] / rows[linear_cases.TORCH]["ms"])
+    assert "refresh_ms" not in every and "refresh_percent" not in every
+    assert text.count("every timed step of ") == 1 and f"step of {every['name']} renews bases" in text
+
+
+def test_the_first_timed_step_is_a_plain_one():
+    class Launching(Stopwatch):
+        def host_seconds(self, call: Callable[[int], object], num_calls: int = 5) -> float:
+            """As on a GPU, where three steps are launched and the fourth may be one that renews."""
+            call(0)
+            return 1.0
+
+    job = linear_cases.LinearJob(shape=LinearShape("l", 64, 96), tokens=256, num_microbatches=1, num_rounds=1)
+    recipe = with_changes(resolve_recipe("metis"), {"basis": {"refresh_interval_steps": 4}}, "recipe")
+    row = linear_cases.measure(job, [recipe], ["grad"], Launching(torch.device("cpu")))[-1]
+    assert row["recipe"] == "metis" and len(row["samples_ms"]) == 1 and row["ms"] == row["samples_ms"][0]
 
 
 def _sqnr_db(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -234,6 +267,20 @@ def test_step_script_runs_the_trainer_in_a_process_of_its_own(tmp_path):
     assert "2 layers of hidden 64" in done.stdout and len(table_of(done.stdout)) == 3
     assert found["ceilings"]["gemm_flops_per_second"] > 0.0
     assert (kept / "nvfp4-0" / "log.txt").exists()
+
+
+def test_steps_that_all_renew_bases_are_reported_as_such(tmp_path):
+    recipe, path = tmp_path / "every.yaml", tmp_path / "s.json"
+    recipe.write_text(EVERY_STEP)
+    options = ["--device", "cpu", "--preset", "tiny", "--steps", "2", "--warmup", "1", "--profile"]
+    done = run_tool("train_step.py", *options, "--recipes", str(recipe), "--json", str(path), "--", *TINY)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["ms"] is None and row["refresh_percent"] is None and not row["samples_ms"]
+    assert len(row["refresh_samples_ms"]) == 2 and row["amortised_ms"] == row["refresh_ms"] > 0.0
+    assert row["tokens_per_second"] > 0.0 and table_of(done.stdout)[2][2] == "-"
+    step = next(line for line in done.stdout.splitlines() if line.startswith("| step "))
+    assert float(step.split("|")[2]) == pytest.approx(row["refresh_ms"], abs=0.01)
 
 
 def test_a_run_that_fails_is_a_row_with_the_trainers_own_error(tmp_path):

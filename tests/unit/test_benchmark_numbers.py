@@ -45,6 +45,12 @@ def test_shapes_that_are_none_are_refused(text: str):
         shapes.parse_shape("--shapes", text)
 
 
+def test_names_that_are_the_same_are_refused_with_what_they_stand_for():
+    shapes.require_distinct("--recipes", ["metis", "a/x.yaml"], ["metis", "x"])
+    with pytest.raises(ConfigError, match=r"--recipes: .*received 'x' 2 times \(a/x.yaml, b/x.json\)"):
+        shapes.require_distinct("--recipes", ["a/x.yaml", "metis", "b/x.json"], ["x", "metis", "x"])
+
+
 def test_an_unknown_model_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'llama-125m'"):
         shapes.step_model("llama-125")
@@ -255,6 +261,15 @@ def test_steps_are_sorted_into_warm_up_plain_and_refreshing():
     assert len(without.plain) == 16 and not without.refresh and without.amortised_seconds == 1.0
 
 
+def test_where_every_timed_step_renews_bases_the_mean_is_theirs_or_unknown():
+    rows = [{"iteration": i, "step_seconds": 4.0, "lm_loss": 2.0} for i in range(1, 9)]
+    always, once = _contender(1), _contender(8)
+    always.take(rows, warmup=6)
+    assert (always.plain, always.refresh, always.amortised_seconds) == ([], [4.0, 4.0], 4.0)
+    once.take(rows, warmup=7)
+    assert (once.plain, once.refresh, once.amortised_seconds) == ([], [4.0], None)
+
+
 def test_no_profiled_step_renews_bases():
     for steps, profiled, interval in itertools.product(range(1, 40), range(1, 5), (5, 8, 16, None)):
         after = step_runs.profile_after(steps, profiled, interval)
@@ -263,15 +278,30 @@ def test_no_profiled_step_renews_bases():
         assert interval is None or not any(step % interval == 0 for step in traced)
 
 
-def test_options_of_the_user_win_and_those_of_the_benchmark_are_refused():
+def test_options_of_the_user_win():
     model = shapes.step_model("llama3-8b-4layers")
     contender = step_runs.contenders(["nvfp4"], False)[0]
     settings = step_runs.StepSettings(model=model, device="cpu", more=("--num-layers", "2"))
     step_runs.resolve(settings, contender)
     assert contender.config["model"]["num_layers"] == 2
     assert contender.config["training"]["global_batch_size"] == 4
-    for option in ("--train-iters", "--metrics-file"):
-        settings = step_runs.StepSettings(model=model, device="cpu", more=(option, "3"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--train-iters", "3"),
+        ("--metrics-file", "x"),
+        ("--recipe", "nvfp4"),
+        ("--fp4-format", "e2m1"),
+        ("--preset", "tiny"),
+        ("--device", "cpu"),
+    ],
+)
+def test_options_of_the_benchmark_are_refused_however_they_are_spelled(option: str, value: str):
+    contender = step_runs.contenders(["nvfp4"], False)[0]
+    for spelling in ((option, value), (f"{option}={value}",)):
+        settings = step_runs.StepSettings(model=shapes.step_model("tiny"), device="cpu", more=spelling)
         with pytest.raises(ConfigError, match=f"{option}: must not be among"):
             step_runs.resolve(settings, contender)
 
@@ -291,5 +321,9 @@ def test_ratios_are_to_our_own_bf16_over_a_refresh_interval():
     rows = step_runs.rows_of(settings, found, 8e12)
     assert [row.get("to_bf16") for row in rows] == [1.0, None, 1.5]
     assert rows[1]["failed"] and not rows[0]["failed"]
+    found[2].plain, found[2].refresh = [], [6.0]
+    row = step_runs.rows_of(settings, found, 8e12)[2]
+    assert row["refresh_ms"] == 6000.0 and not row["failed"]
+    assert {row[key] for key in ("ms", "amortised_ms", "refresh_percent", "tflops", "to_bf16")} == {None}
     assert rows[0]["tflops"] == 2.0 and rows[0]["of_ceiling"] == 0.25 and rows[2]["refresh_percent"] == 50.0
     json.dumps(rows)

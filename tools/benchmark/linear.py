@@ -7,10 +7,10 @@
 
 Prints one table: milliseconds per step (median and interquartile range of the steps that renew no basis),
 what a refresh costs and its share when spread over its interval, the host's time, TFLOP/s, the share of three
-bare products of the same shape, memory, and the ratio to torch.nn.Linear with the same kind of gradient. A
-step is N microbatches (`--microbatches-per-step`), whose weights are the same. Contenders take turns.
-Transformer Engine's linear takes part where it is installed. The measuring is in
-`metis/benchmark/linear_cases.py`.
+bare products of the same shape, memory, and the ratio to torch.nn.Linear with the same kind of gradient.
+Where every timed step renews bases, the numbers are those of such steps, and a note says so. A step is N
+microbatches (`--microbatches-per-step`), whose weights are the same. Contenders take turns. Transformer
+Engine's linear takes part where it is installed. The measuring is in `metis/benchmark/linear_cases.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from metis.benchmark.shapes import LinearShape, linears_of, parse_shape, require_tokens
+from metis.benchmark.shapes import LinearShape, linears_of, parse_shape, require_distinct, require_tokens
 from metis.errors import ArgumentParser, ConfigError, MetisError, report_and_exit
 from metis.recipes import resolve_recipe
 
@@ -55,7 +55,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     else:
         sizes = [parse_shape("--shape", text) for text in args.shape or ["4096x4096", "4096x14336"]]
         args.linears = [LinearShape(f"{k}x{n}", k, n) for k, n in sizes]
-    args.resolved_recipes = [resolve_recipe(name) for name in args.recipes.split(",")]
+    recipes = args.recipes.split(",")
+    args.resolved_recipes = [resolve_recipe(name) for name in recipes]
+    require_distinct("--recipes", recipes, [recipe.name for recipe in args.resolved_recipes])
     return args
 
 
@@ -97,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
         f"forward + backward of {args.microbatches_per_step} microbatch(es) of {args.tokens} tokens per "
         "step; "
         f"median of {args.rounds} rounds in turn"
+    ]
+    notes += [
+        f"every timed step of {name} renews bases: its numbers are those of such steps"
+        for name in dict.fromkeys(row["name"] for row in rows if row.get("refreshes_always"))
     ]
     report.show(head, columns, rows, notes)
     report.write_json(args.json, heading=head, rows=rows)

@@ -15,8 +15,8 @@ Each recipe runs in a process of its own on mock data; for several ranks this pr
 Prints one table: milliseconds per step (median and interquartile range of the steps that renew no basis;
 median of those that do; the mean over a refresh interval), tokens and model FLOPs per second by that mean,
 the share of a large product's FLOP/s measured in the same run, peak memory of the fullest GPU, and the ratio
-to our own bf16. `--profile` prints GPU time by category before it. The measuring is in
-`metis/benchmark/step_runs.py`.
+to our own bf16; `-` for what the timed steps do not say. `--profile` prints GPU time by category before it.
+The measuring is in `metis/benchmark/step_runs.py`.
 """
 
 from __future__ import annotations
@@ -129,16 +129,19 @@ def ceiling_line(measured: dict[str, Any]) -> str:
 
 
 def profile_table(rows: list[dict[str, Any]]) -> str:
-    """Return GPU milliseconds of a plain step by category, one column per contender."""
+    """Return GPU milliseconds of a plain step by category, or of any where all renew bases; one column per
+    contender.
+    """
     from metis.benchmark.report import Column, table
     from metis.benchmark.step_profile import CATEGORIES
 
     profiled = [row for row in rows if row.get("profile")]
     lines = [{"category": name} for name in (*CATEGORIES, "any of them", "idle", "step", "launches")]
     for row in profiled:
-        profile = row["profile"]
+        profile, step = row["profile"], row["amortised_ms"] if row["ms"] is None else row["ms"]
+        idle = None if step is None else step - profile["busy_ms"]
         values = [profile["milliseconds"][name] for name in CATEGORIES]
-        values += [profile["busy_ms"], row["ms"] - profile["busy_ms"], row["ms"], profile["num_kernels"]]
+        values += [profile["busy_ms"], idle, step, profile["num_kernels"]]
         for line, value in zip(lines, values, strict=True):
             line[row["name"]] = value
     columns = [Column("category", "ms per step"), *(Column(row["name"], row["name"], 2) for row in profiled)]
