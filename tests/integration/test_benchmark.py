@@ -6,10 +6,13 @@ plain sums.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -267,6 +270,41 @@ def test_step_script_runs_the_trainer_in_a_process_of_its_own(tmp_path):
     assert "2 layers of hidden 64" in done.stdout and len(table_of(done.stdout)) == 3
     assert found["ceilings"]["gemm_flops_per_second"] > 0.0
     assert (kept / "nvfp4-0" / "log.txt").exists()
+
+
+def test_a_step_script_that_is_ended_leaves_no_run_behind(tmp_path):
+    tool = [
+        sys.executable,
+        str(REPOSITORY / "tools/benchmark/train_step.py"),
+        "--device",
+        "cpu",
+        "--preset",
+        "tiny",
+    ]
+    options = ["--recipes", "nvfp4", "--steps", "5000", "--keep", str(tmp_path), "--", *TINY]
+    process = subprocess.Popen([*tool, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def runs() -> list[int]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                words = path.read_bytes().decode(errors="replace").split("\0")
+                if "metis.benchmark.step_worker" in words and any(str(tmp_path) in word for word in words):
+                    found.append(int(path.parent.name))
+        return found
+
+    try:
+        for _ in range(600):
+            if runs():
+                break
+            time.sleep(0.1)
+        assert runs(), "no run was started"
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM and not runs()
+    finally:
+        process.kill()
+        for pid in runs():
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_steps_that_all_renew_bases_are_reported_as_such(tmp_path):

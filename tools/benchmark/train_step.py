@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -170,6 +171,8 @@ def columns() -> tuple[Any, ...]:
 
 def main() -> int:
     """Parse and run; exit status 2 and one `error:` line on bad input."""
+    # Whoever ends this process ends its runs too: they are in process groups of their own.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         args = parse_arguments(sys.argv[1:])
         if args.keep is not None:
