@@ -52,6 +52,11 @@ def _wanted(recipe: str, mode: str, layout: str, everything: bool) -> bool:
     return recipe in CORE_RECIPES and mode == PLAIN and layout in ("vpp2", "dp2_zero")
 
 
+def _has_company(recipe: str, mode: str, everything: bool) -> bool:
+    """Whether anything is compared with one rank; recipes are with each other in plain fp32."""
+    return mode == PLAIN or any(_wanted(recipe, mode, layout, everything) for layout in LAYOUTS)
+
+
 def _key(recipe: str, mode: str, layout: str) -> str:
     return f"{recipe}.{mode.strip('-') or 'plain'}.{layout}"
 
@@ -71,6 +76,8 @@ def curves(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
                     if layout == "cp2" and not _wanted_cp(recipe, mode):
                         continue
                     if layout == "one_deep" and not _wanted(recipe, mode, "vpp2", everything):
+                        continue
+                    if layout == "one" and not _has_company(recipe, mode, everything):
                         continue
                     if world_size > 1 and layout != "cp2" and not _wanted(recipe, mode, layout, everything):
                         continue

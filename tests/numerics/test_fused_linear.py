@@ -36,7 +36,7 @@ MINIMAL_CASES = {
     "test_evaluation_after_training_reads_the_new_weight": 1,
     "test_a_weight_that_is_written_unseen_for_an_evaluation_is_read": 1,
     "test_an_inference_tensor_can_be_a_weight": 1,
-    "test_products_get_what_cublas_takes": 6,
+    "test_products_get_what_cublas_takes": 3,
     "test_layers_can_be_copied_and_pickled_in_mid_step": 1,
     "test_recomputation_gives_the_same_bits": 2,
     "test_what_is_not_covered_falls_back_to_the_definition": 3,
