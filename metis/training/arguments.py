@@ -33,12 +33,13 @@ _DEFAULT_MASTER_PORT = 29500
 _RULER = "-" * 24
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, *, single_process: bool = False) -> argparse.Namespace:
     """Parse `argv` (None: `sys.argv[1:]`) and the launcher's environment into a namespace of plain values.
 
     The result holds every `dest` of the option table, plus `rank`, `world_size`, `local_rank`, and `given`:
     the sorted names that the command line set itself. With `--use-checkpoint-args` the checkpoint's values
-    are merged in between preset and command line. Nothing is derived or cross-checked yet; that is
+    are merged in between preset and command line. A `single_process` tool passes over Slurm's variables,
+    which a batch script has without `srun` too. Nothing is derived or cross-checked yet; that is
     `validate_args`.
 
     Raises ConfigError for an unknown, refused or malformed option (with the nearest known name or a
@@ -57,7 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         from metis.training.run_config import load_args_from_checkpoint
 
         load_args_from_checkpoint(args, set(given))
-    args.rank, args.world_size, args.local_rank = _launch_environment(os.environ, args)
+    args.rank, args.world_size, args.local_rank = _launch_environment(
+        os.environ, args, with_slurm=not single_process
+    )
     if ignored:
         warn(args, f"accepted for compatibility, without effect here: {', '.join(ignored)}")
     return args
@@ -171,13 +174,15 @@ def _check_value(option: Option, item: Any) -> None:
         raise ConfigError(flag, f"must be at most {option.high}, received {item}")
 
 
-def _launch_environment(env: MutableMapping[str, str], args: argparse.Namespace) -> tuple[int, int, int]:
+def _launch_environment(
+    env: MutableMapping[str, str], args: argparse.Namespace, *, with_slurm: bool = True
+) -> tuple[int, int, int]:
     """Return (rank, world size, local rank) from torchrun's variables, else Slurm's, else one process.
 
     Under `srun` without torchrun the torchrun variables are added to `env`, because torch reads them there.
     For `--print-config` outside a launcher the world is WORLD_SIZE or the smallest one that fits the layout.
     """
-    if "RANK" not in env and "SLURM_PROCID" in env:
+    if with_slurm and "RANK" not in env and "SLURM_PROCID" in env:
         _slurm_to_torchrun(env)
     if "RANK" in env:
         return tuple(_integer(env, name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # type: ignore[return-value]

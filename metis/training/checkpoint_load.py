@@ -116,6 +116,8 @@ def load_checkpoint(
         content.restore_rng_state(loaded[content.RNG_KEY])
     if not fresh:
         _restore_state(state, loaded)
+        if scheduler is not None and not load_optimizer:  # its place in the schedule is the run's
+            scheduler.step(increment=state.consumed_train_samples - state.skipped_train_samples)
     dist.barrier()
     print_rank_0(
         f"  successfully loaded checkpoint from {found.root} {content.model_parallel_position()} "

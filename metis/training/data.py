@@ -14,6 +14,7 @@ Traps:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from argparse import Namespace
@@ -67,7 +68,7 @@ class DataLayout:
         """Read it from megatron-core; a process without model-parallel groups is the only rank.
 
         Only the first chunk of the first stage (tokens) and the last chunk of the last stage (labels) need
-        data.
+        data, and every chunk where documents have masks of their own.
         """
         from megatron.core import parallel_state
 
@@ -80,7 +81,9 @@ class DataLayout:
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             chunk_needs_data=tuple(
-                (stage == 0 and chunk == 0) or (stage == last_stage and chunk == num_chunks - 1)
+                (stage == 0 and chunk == 0)
+                or (stage == last_stage and chunk == num_chunks - 1)
+                or getattr(args, "reset_attention_mask", False)
                 for chunk in range(num_chunks)
             ),
         )
@@ -104,7 +107,7 @@ def build_data_iterators(
     out. With virtual pipeline stages each result is a list with one iterator per model chunk. Chunks that
     read no data get batches with `first_sample` alone. A split with no samples to read is None. With
     `--full-validation`, `args.eval_iters` becomes the number of global batches in one pass over the
-    validation set.
+    validation set; `args.test_eval_iters` keeps the number asked for.
 
     Raises:
         ConfigError: on every rank alike, when the options contradict each other, a file is missing, a split
@@ -116,6 +119,7 @@ def build_data_iterators(
     built = build_datasets(args, tokenizer, counts, built_here=any(layout.chunk_needs_data))
     _check_training_size(args, counts[0], built.sizes[0])
     period = built.sizes[1]
+    args.test_eval_iters = args.eval_iters
     if args.eval_iters and getattr(args, "full_validation", False) and built.sizes[1]:
         args.eval_iters = -(-built.sizes[1] // args.global_batch_size)
         period = args.eval_iters * args.global_batch_size
@@ -201,14 +205,21 @@ def build_datasets(
     source = _on_rank_zero(lambda: checked_source(args, counts))
     cache = _on_rank_zero(lambda: _writable_cache_directory(args, source))
     _check_cache_visible(cache)
-    config = _dataset_config(args, tokenizer, source, cache, wanted)
-    builder = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if source.is_mock else GPTDataset,
-        [count if keep else 0 for count, keep in zip(counts, wanted, strict=True)],
-        lambda: built_here or _rank() == 0,
-        config,
-    )
-    datasets = tuple(builder.build())
+    parts = [(source, wanted)]
+    if counts[1] is None and source.blend is not None and source.blend[1] is not None:
+        # megatron-core takes one blend for all splits, and no weights where it makes one whole pass.
+        whole = dataclasses.replace(source, blend=(source.blend[0], None))
+        parts = [(source, (wanted[0], False, wanted[2])), (whole, (False, True, False))]
+    datasets: tuple[Any, ...] = (None, None, None)
+    for part, kept in parts:
+        builder = BlendedMegatronDatasetBuilder(
+            MockGPTDataset if part.is_mock else GPTDataset,
+            [count if keep else 0 for count, keep in zip(counts, kept, strict=True)],
+            lambda: built_here or _rank() == 0,
+            _dataset_config(args, tokenizer, part, cache, kept),
+        )
+        built = builder.build()
+        datasets = tuple(new if keep else old for new, old, keep in zip(built, datasets, kept, strict=True))
     sizes = _on_rank_zero(lambda: tuple(0 if d is None else len(d) for d in datasets))
     if _rank() == 0:
         _report(datasets, counts, cache)
@@ -225,6 +236,9 @@ def _dataset_config(
         blend_per_split = [
             blend if keep else None for blend, keep in zip(blend_per_split, wanted, strict=True)
         ]
+        valid = blend_per_split[1]
+        if getattr(args, "full_validation", False) and valid is not None:
+            blend_per_split[1] = (valid[0], None)  # one pass over each dataset, whatever its weight
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

@@ -5,7 +5,7 @@ is asked to build anything: which blends, how many samples, whether each split h
 them.
 
 Traps:
-- A split without documents makes megatron-core count epochs for ever; the document counts are checked here.
+- A split without tokens makes megatron-core count epochs for ever; documents and tokens are checked here.
 - A blend without weights is one pass over each dataset, however many samples the run asks for.
 - The order of samples depends on the number asked for (it is a shuffle over whole epochs), so the counting
   below is part of the data order: changing `--train-iters` or `--eval-interval` changes the index.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metis.errors import ConfigError
+from metis.training.validation_run import split_shares
 
 SPLITS = ("train", "valid", "test")
 LEGACY_SPLIT = "969, 30, 1"
@@ -70,16 +71,18 @@ def sample_counts(args: Namespace) -> tuple[int, int | None, int]:
     return num_train, num_evaluations * num_test, num_test
 
 
-def num_iterations(args: Namespace) -> int:
-    """Training iterations of the run; with batch-size ramp-up from `--train-samples`, the ramp included."""
+def num_iterations(args: Namespace, consumed: int = 0) -> int:
+    """Training iterations of the run; from `--train-samples` those that are left after `consumed` samples,
+    the ramp of the batch size included.
+    """
     if args.train_iters:
         return args.train_iters
     total, gbs = args.train_samples or 0, args.global_batch_size
     if not getattr(args, "rampup_batch_size", None):
-        return total // gbs
+        return max(0, total - consumed) // gbs
     start, increment, ramp_samples = (int(value) for value in args.rampup_batch_size)
     samples_per_increment = ramp_samples / max(1, (gbs - start) // increment)
-    consumed = iterations = 0
+    iterations = 0
     while consumed <= ramp_samples and consumed < total:
         consumed += min(gbs, start + int(consumed / samples_per_increment) * increment)
         iterations += 1
@@ -117,7 +120,9 @@ def data_source(args: Namespace) -> DataSource:
         )
     if ways["--per-split-data-args-path"]:
         per_split = _read_per_split(args.per_split_data_args_path)
-    return DataSource(blend_per_split=[items and _parse_blend(used[0], items) for items in per_split])
+    return DataSource(
+        blend_per_split=[_parse_blend(used[0], items) if items else None for items in per_split]
+    )
 
 
 def _read_text(option: str, path: str) -> str:
@@ -171,8 +176,11 @@ def _parse_blend(option: str, items: list[str]) -> Blend:
                 option,
                 f"a dataset prefix needs PREFIX.idx and PREFIX.bin, {missing[0]} does not exist; correct it",
             )
-    if weights is not None and min(weights) <= 0:
-        raise ConfigError(option, f"weights must be positive, got {min(weights)}; drop that dataset")
+    wrong = [weight for weight in weights or () if not 0 < weight < float("inf")]
+    if wrong:
+        raise ConfigError(
+            option, f"weights must be positive and finite, got {wrong[0]}; correct it or drop that dataset"
+        )
     return list(prefixes), weights
 
 
@@ -216,12 +224,7 @@ def _split_bookends(split: str) -> list[tuple[float, float] | None]:
         parse_and_normalize_split,
     )
 
-    try:
-        parts = [float(part) for part in split.split(",")]
-        if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) <= 0:
-            raise ValueError(split)
-    except ValueError as error:
-        raise ConfigError("--split", f"must be up to three weights such as 99,1,0, got {split}") from error
+    split_shares(split)
     return convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
 
 
@@ -236,7 +239,14 @@ def _check_documents(
             f"gives the {name} part none of the {len(lengths)} documents of {prefix}; use more documents, "
             f"another --split (now {args.split or LEGACY_SPLIT}), or --eval-iters 0",
         )
-    if one_pass and int(lengths[begin:end].sum(dtype=np.int64)) <= args.seq_length:
+    num_tokens = int(lengths[begin:end].sum(dtype=np.int64))
+    if num_tokens == 0:
+        raise ConfigError(
+            "--data-path",
+            f"the {name} part of {prefix} must hold tokens, got {end - begin} documents without any; "
+            "add data, cut the parts elsewhere with --split, or pass --eval-iters 0",
+        )
+    if one_pass and num_tokens <= args.seq_length:
         raise ConfigError(
             "--data-path",
             f"the {name} part of {prefix} holds fewer tokens than one sample needs "

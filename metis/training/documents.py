@@ -188,7 +188,8 @@ def document_texts(raw: RawDocument, kind: str, keys: Sequence[str]) -> list[lis
     """Parse one raw document into its sequences of text, one list per key.
 
     Raises:
-        ConfigError: naming file and line, for bad JSON, bad UTF-8, a missing key, or a value that is no text.
+        ConfigError: naming file and line, for bad JSON, bad UTF-8, a missing key, a value that is no text, or
+            half a surrogate pair in it.
     """
     path, number, payload = raw
     where = f"{path}:{number}"
@@ -218,4 +219,13 @@ def _text_of(where: str, values: dict[str, Any], key: str) -> list[str]:
     sequences = value if isinstance(value, list) else [value]
     if not all(isinstance(sequence, str) for sequence in sequences):
         raise ConfigError(where, f"{key!r} must be text or a list of texts, got {type(value).__name__}")
+    for sequence in sequences:
+        try:
+            sequence.encode()
+        except UnicodeEncodeError as error:  # JSON can escape what UTF-8 cannot hold
+            raise ConfigError(
+                where,
+                f"{key!r} must be text that UTF-8 can hold, got half a surrogate pair "
+                f"{sequence[error.start]!a} at character {error.start}; correct or drop the line",
+            ) from error
     return sequences

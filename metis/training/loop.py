@@ -76,7 +76,7 @@ class Run:
         self.phases = RecipePhases(args, self.model)
         checkpointing.load_checkpoint(args, self.state, self.model, *trained, prepare=self.phases.restore)
         update_num_microbatches(self.state.consumed_train_samples, consistency_check=False)
-        set_train_iterations(args)
+        set_train_iterations(args, self.state)
         self.train_data, self.valid_data, self.test_data = build_data_iterators(
             args, self.state, self.tokenizer
         )
@@ -118,7 +118,9 @@ class Run:
         if args.metrics_file and dist.get_rank() == dist.get_world_size() - 1:
             # Between two evaluation intervals only the evaluation at the end of a job can have left a line.
             keep_validation = not args.skip_train and iteration % args.eval_interval == 0
-            metrics = MetricsFile(args.metrics_file, iteration, keep_validation=keep_validation)
+            metrics = MetricsFile(
+                args.metrics_file, iteration, keep_validation=keep_validation, keep_later=args.skip_train
+            )
         return TrainingLog(
             args,
             self.timers,
@@ -183,13 +185,15 @@ def set_vocabulary(args: Namespace, tokenizer_size: int) -> None:
     )
 
 
-def set_train_iterations(args: Namespace) -> None:
-    """Derive `train_iters` from `--train-samples`, following the batch-size ramp-up."""
+def set_train_iterations(args: Namespace, state: TrainState) -> None:
+    """Derive `train_iters` from `--train-samples`: the iterations done, and those that the samples left fill,
+    following the batch-size ramp-up.
+    """
     if args.train_samples is None:
         return
     from metis.training.data_source import num_iterations
 
-    args.train_iters = num_iterations(args)
+    args.train_iters = state.iteration + num_iterations(args, state.consumed_train_samples)
     print_rank_0(f"setting training iterations to {args.train_iters}")
 
 
@@ -315,4 +319,5 @@ def _final_evaluation(run: Run) -> None:
         recorded = not args.skip_train and iteration % args.eval_interval == 0
         run.evaluate(run.valid_data, where="on validation set", to_metrics=not recorded)
     if run.test_data is not None:
+        args.eval_iters = args.test_eval_iters  # --full-validation counts one pass over validation there
         run.evaluate(run.test_data, where="on test set", to_metrics=False)

@@ -32,13 +32,21 @@ class MetricsFile:
     `quantization` (one per layer and operand of a measured iteration).
 
     `resume_iteration` is the iteration that was loaded, 0 for a new run; without `keep_validation` a
-    validation made right at it goes as well, because this job will make it again. The constructor repairs the
-    file and raises ConfigError when it cannot be written or holds something that is no metrics file.
+    validation made right at it goes as well, because this job will make it again. keep_later: lines of later
+    iterations stay, because this job makes none. The constructor repairs the file and raises ConfigError when
+    it cannot be written or holds something that is no metrics file.
     """
 
-    def __init__(self, path: str | Path, resume_iteration: int = 0, *, keep_validation: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        resume_iteration: int = 0,
+        *,
+        keep_validation: bool = True,
+        keep_later: bool = False,
+    ) -> None:
         self.path = Path(path)
-        self._keep_validation = keep_validation
+        self._keep_validation, self._keep_later = keep_validation, keep_later
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._truncate(resume_iteration)
@@ -75,7 +83,8 @@ class MetricsFile:
                 and iteration == resume_iteration
                 and values.get("kind") == "validation"
             )
-            return not torn and iteration <= resume_iteration and not made_again
+            is_known = self._keep_later or iteration <= resume_iteration
+            return not torn and is_known and not made_again
         except (ValueError, KeyError, TypeError) as error:
             if torn:
                 return False

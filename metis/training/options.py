@@ -288,7 +288,7 @@ _OPTIMIZER = (
             "on resume, schedule from the checkpoint", "optimizer",
             dest="use_checkpoint_opt_param_scheduler"),
     _opt("--seed", int, 1234, "of initial weights, dropout, data order and stochastic rounding", "initialize",
-         low=1),
+         low=1, high=2**32 - 1),
 )
 
 _PRECISION = (
@@ -379,8 +379,9 @@ _CHECKPOINT = (
     _opt("--no-load-rng", None, None, "do not load random states", "checkpointing"),
     _switch("--use-checkpoint-args", "model shape, recipe and tokenizer from the checkpoint", "run_config"),
     _switch("--use-mp-args-from-checkpoint-args", "also the parallel layout", "run_config"),
-    _off("--no-use-tokenizer-model-from-checkpoint-args", "use_tokenizer_model_from_checkpoint_args",
-         "keep --tokenizer-model of the command line", "run_config"),
+    _off("--no-use-tokenizer-model-from-checkpoint-args/--disable-use-tokenizer-model-from-checkpoint-args",
+         "use_tokenizer_model_from_checkpoint_args", "keep --tokenizer-model of the command line",
+         "run_config"),
     _switch("--exit-on-missing-checkpoint", "error instead of a fresh start", "checkpointing"),
 )
 

@@ -213,7 +213,7 @@ def _encode_document(job: _Job, raw: RawDocument) -> tuple[list[Encoded], list[i
         for text in texts:
             try:
                 sequence = job.tokenizer.tokenize(text)
-            except (ValueError, UnicodeError) as error:  # NullTokenizer on letters, lone surrogates
+            except ValueError as error:  # NullTokenizer on letters
                 raise ConfigError(
                     f"{raw[0]}:{raw[1]}", f"must be text the tokenizer takes, got {error}"
                 ) from error
@@ -230,7 +230,7 @@ def _encode_document(job: _Job, raw: RawDocument) -> tuple[list[Encoded], list[i
                 f"{max(ids)}",
             )
         encoded.append((ids, lengths))
-        num_text_bytes.append(sum(len(text.encode("utf-8", "surrogatepass")) for text in texts))
+        num_text_bytes.append(sum(len(text.encode()) for text in texts))
     return encoded, num_text_bytes
 
 

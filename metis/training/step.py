@@ -95,7 +95,7 @@ class StepRunner:
         uses = all_uses(recipes_by_phase(args)).values()
         self.has_penalties = any(recipe.dual_range is not None for recipe in uses)
         self.forward_backward = get_forward_backward_func()
-        self.largest_loss = 0.0
+        self.largest_loss, self.num_losses = 0.0, 0
         # Found once: a walk over all modules is slow, and would be one in every step.
         self._linears = recipe_linears(model)
         check_gradients = args.check_for_nan_in_loss_and_grad
@@ -279,14 +279,15 @@ class StepRunner:
         return means
 
     def _note_spike(self, losses: dict[str, float], iteration: int) -> None:
-        """Report a loss ten times the largest of the first 100 steps (`--check-for-spiky-loss`)."""
+        """Report a loss ten times the largest of this job's first 100 (`--check-for-spiky-loss`)."""
         if not self.args.check_for_spiky_loss or LM_LOSS not in losses:
             return
         value = losses[LM_LOSS]
-        if iteration >= 100 and value > 10 * self.largest_loss > 0:
+        if self.num_losses >= 100 and value > 10 * self.largest_loss > 0:
             print(f"spiky loss at iteration {iteration + 1}: {value:.6E}", flush=True)
-        elif iteration < 100:
+        elif self.num_losses < 100:
             self.largest_loss = max(self.largest_loss, value)
+        self.num_losses += 1
 
 
 def _non_finite(iteration: int, what: str) -> NonFiniteError:

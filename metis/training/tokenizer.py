@@ -23,7 +23,7 @@ import hashlib
 import importlib.util
 import os
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from metis.errors import ConfigError, nearest_name
@@ -254,15 +254,23 @@ def train_sentencepiece(texts: Iterable[str], output_prefix: str, vocab_size: in
     included.
 
     Raises:
-        ConfigError: a vocabulary that the corpus cannot fill, or no text.
+        ConfigError: a vocabulary that the corpus cannot fill, no text, or what `texts` raises.
     """
     import sentencepiece
 
-    lines = (line for text in texts for line in text.split("\n") if line)
+    raised: list[ConfigError] = []  # SentencePiece makes a RuntimeError of what its iterator raises
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from (line for text in texts for line in text.split("\n") if line)
+        except ConfigError as error:
+            raised.append(error)
+            raise
+
     try:
         os.makedirs(os.path.dirname(os.path.abspath(output_prefix)), exist_ok=True)
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_prefix=output_prefix,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -277,6 +285,8 @@ def train_sentencepiece(texts: Iterable[str], output_prefix: str, vocab_size: in
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if raised:
+            raise raised[0] from None
         raise ConfigError(
             "--vocab-size",
             f"must fit the corpus and --output-prefix be writable, got {vocab_size} and {output_prefix}: "

@@ -142,6 +142,11 @@ def check_precision(args: Namespace) -> None:
         "--grad-reduce-in-bf16",
         "must not be combined with --accumulate-allreduce-grads-in-fp32; keep one of them",
     )
+    require(
+        args.loss_scale is None or 0 < args.loss_scale < float("inf"),
+        "--loss-scale",
+        f"must be above 0 and finite, received {args.loss_scale}; leave it out for a dynamic scale",
+    )
     if args.fp16 and args.loss_scale is None:
         # Overflows are how a dynamic loss scale learns its size: such steps are skipped, not fatal.
         args.check_for_nan_in_loss_and_grad = False
@@ -283,7 +288,7 @@ def check_data(args: Namespace) -> None:
             "--split",
             "belongs to --data-path; remove it, every split has its own data here",
         )
-        _check_split(args.split)
+        split_shares(args.split)
     require(
         bool(args.tokenizer_type) or not used,
         "--tokenizer-type",
@@ -302,16 +307,24 @@ def check_data(args: Namespace) -> None:
     args.dataloader_type = args.dataloader_type or "single"
 
 
-def _check_split(split: str) -> None:
+def split_shares(split: str) -> list[float]:
+    """Return the shares of `--split`, between commas or slashes as megatron-core reads them.
+
+    Raises:
+        ConfigError: other than one to three shares in digits and points, or none above 0.
+    """
+    parts = [part.strip() for part in split.replace("/", ",").split(",")]
     try:
-        shares = [float(part) for part in split.replace("/", ",").split(",")]
+        shares = [float(part) for part in parts if set(part) <= set(".0123456789")]
     except ValueError:
         shares = []
     require(
-        1 <= len(shares) <= 3 and min(shares) >= 0 and 0 < sum(shares) < float("inf"),
+        1 <= len(shares) == len(parts) <= 3 and 0 < sum(shares) < float("inf"),
         "--split",
-        f"must be one to three shares such as 99,1,0 with a positive sum, received {split!r}",
+        "must be one to three shares in digits and points such as 99,1,0 with a positive sum, "
+        f"received {split!r}; correct it",
     )
+    return shares
 
 
 def check_checkpoint(args: Namespace) -> None:

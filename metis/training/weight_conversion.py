@@ -189,7 +189,7 @@ def _parameters_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _resolved(argv: list[str]) -> Namespace:
-    args = parse_args(argv)
+    args = parse_args(argv, single_process=True)
     if args.world_size != 1:
         raise ConfigError(
             "world size", f"must be 1: weights are converted by one process, received {args.world_size}"

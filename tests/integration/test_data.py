@@ -21,7 +21,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from metis.errors import ConfigError, ShapeError
 from metis.training.batches import MicrobatchSampler, SequentialOrder, ShuffledOrder
 from metis.training.data import build_data_iterators, build_datasets, ensure_process_group, token_entropy_nats
-from metis.training.data_source import num_iterations, sample_counts
+from metis.training.data_source import checked_source, num_iterations, sample_counts
+from metis.training.loop import _final_evaluation
 from metis.training.tokenizer import build_tokenizer
 from tests._distributed import run_ranks
 
@@ -174,6 +175,69 @@ def test_full_validation_reads_every_sample_once_per_pass(prefix):
                 assert not loss_mask.any(), "padding must not count"
 
 
+@pytest.mark.parametrize("per_split", [False, True])
+def test_full_validation_of_a_weighted_blend_reads_each_dataset_once(tmp_path, per_split):
+    ensure_process_group()
+    a, b = (write_dataset(tmp_path / name, 40, seed) for seed, name in enumerate("ab"))
+    weighted, changes = ["0.9", a, "0.1", b], {}
+    if per_split:
+        changes = dict(split=None, train_data_path=weighted, valid_data_path=weighted)
+    args = make_args(None if per_split else weighted, full_validation=True, eval_iters=1, **changes)
+    args.train_iters = 100  # 0.9 of 400 samples repeat dataset a
+    train, valid, test = build(args)
+    counts = sample_counts(make_args(train_iters=100, full_validation=True, eval_iters=1))
+    got = build_datasets(args, build_tokenizer(args), counts).datasets[1]
+    config = [dict(valid_data_path=[p], split=None) if per_split else dict(data_path=[p]) for p in (a, b)]
+    parts = [
+        build_datasets(c, build_tokenizer(c), (0, None, 0)).datasets[1]
+        for c in (make_args(full_validation=True, skip_train=True, train_iters=0, **c) for c in config)
+    ]
+    expected = sorted(part[i]["tokens"].tolist() for part in parts for i in range(len(part)))
+    assert sorted(got[i]["tokens"].tolist() for i in range(len(got))) == expected
+    assert args.eval_iters == math.ceil(len(expected) / args.global_batch_size)
+    assert next(valid)["tokens"].shape == (2, SEQ) and len(take(train, 200)) == 200
+    assert (test is None) == per_split
+
+
+def test_full_validation_leaves_the_test_set_its_number_of_iterations(prefix):
+    class FakeRun:
+        def evaluate(self, data, *, where, to_metrics):
+            evaluated.append((data is self.test_data, args.eval_iters))
+
+    evaluated: list[tuple[bool, int]] = []
+    args, run = make_args([prefix], split="50,40,10", full_validation=True, eval_iters=1), FakeRun()
+    run.args, run.state = args, Namespace(iteration=3)
+    _, run.valid_data, run.test_data = build(args)
+    one_pass = args.eval_iters
+    _final_evaluation(run)
+    assert one_pass > 1 and evaluated == [(False, one_pass), (True, 1)]
+
+
+def test_an_empty_list_of_a_split_is_no_data(tmp_path, prefix):
+    (tmp_path / "blend.json").write_text(json.dumps({"train": [prefix], "valid": [prefix], "test": []}))
+    args = make_args(split=None, per_split_data_args_path=str(tmp_path / "blend.json"))
+    train, valid, test = build(args)
+    assert next(train) and next(valid) and test is None
+
+
+def test_a_split_without_tokens_is_an_error(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.uint16)
+    for length in (20, 20, 20, 20, 0):
+        builder.add_document([1] * length, [length])
+    builder.finalize(str(tmp_path / "d.idx"))
+    args = make_args([str(tmp_path / "d")], split="80,20,0")
+    with pytest.raises(ConfigError, match=r"valid part of .* must hold tokens, got 1 documents without any"):
+        checked_source(args, (4, 4, 0))
+    short = write_dataset(tmp_path / "short", 3, mean_length=4)
+    train, _, _ = build(make_args([short], split="1", eval_iters=0, train_iters=2, seq_length=64))
+    assert len(take(train, 4)) == 4, "documents shorter than a sample repeat"
+
+
+def test_shares_may_be_separated_by_slashes(prefix):
+    slashes, commas = (build(make_args([prefix], split=split))[1] for split in ("80/10/10", "80,10,10"))
+    assert torch.equal(next(slashes)["tokens"], next(commas)["tokens"])
+
+
 def test_blend_with_weights_repeats_and_without_weights_runs_out(tmp_path):
     a, b = (write_dataset(tmp_path / name, 12, seed) for seed, name in enumerate("ab"))
     ensure_process_group()
@@ -308,6 +372,8 @@ def test_context_parallel_part_equals_megatron_cores(cp_size):
         (dict(data_path=["nowhere"]), "--data-path", "nowhere.idx does not exist"),
         (dict(data_path=["0.5", "A", "B", "C"]), "--data-path", "a weight before every prefix"),
         (dict(data_path=["-1", "PREFIX"]), "--data-path", "must be positive"),
+        (dict(data_path=["nan", "PREFIX"]), "--data-path", "positive and finite, got nan"),
+        (dict(data_path=["0.5", "PREFIX", "inf", "PREFIX"]), "--data-path", "positive and finite, got inf"),
         (dict(split="99,1,x"), "--split", "99,1,x"),
         (dict(split="998,1,1"), "--split", "valid part none of the 60 documents"),
         (dict(split="0,50,50"), "--split", "at least one document"),

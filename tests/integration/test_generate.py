@@ -107,6 +107,16 @@ def test_text_streams_whole_characters():
     assert "".join(cut) == "\ufffd", "an unfinished character shows at the end"
 
 
+def test_a_prompt_that_is_no_utf8_is_one_error():
+    class Refuses(_ByteTokenizer):
+        def tokenize(self, text: str) -> list[int]:
+            raise RuntimeError("as SentencePiece does")
+
+    model = TextModel(args=None, model=None, tokenizer=Refuses())
+    with pytest.raises(ConfigError, match=r"--prompt: must be text that the tokenizer takes .*surrogates"):
+        model.encode(os.fsdecode(b"caf\xe9"))
+
+
 # --- A checkpoint -----------------------------------------------------------------------------
 
 
@@ -308,6 +318,15 @@ def test_several_processes_are_refused(run: dict[str, str], tmp_path: Path, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="world size: must be 1"):
         checkpoint_arguments(Source(load=f"{run['folder']}/metis"), tmp_path)
+
+
+def test_a_batch_job_without_srun_is_one_process(
+    run: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")):
+        monkeypatch.setenv(name, value)
+    assert checkpoint_arguments(Source(load=f"{run['folder']}/metis"), tmp_path).world_size == 1
 
 
 def test_a_mistake_ends_in_one_line(tmp_path: Path):

@@ -206,6 +206,7 @@ def bad_inputs(folder: Path, rows: list[dict]) -> dict[str, tuple[str, str]]:
     (folder / "type.jsonl").write_text("".join(lines[:250]) + '{"text": 5}\n')
     (folder / "list.jsonl").write_text("".join(lines[:250]) + '["text"]\n')
     (folder / "utf8.jsonl").write_bytes("".join(lines[:250]).encode() + b'{"text": "\xff"}\n')
+    (folder / "half.jsonl").write_text("".join(lines[:250]) + '{"text": "abc \\ud83d def"}\n')
     packed = gzip.compress("".join(lines).encode())
     (folder / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (folder / "no.jsonl.gz").write_bytes(b"plain text\n")
@@ -219,6 +220,7 @@ def bad_inputs(folder: Path, rows: list[dict]) -> dict[str, tuple[str, str]]:
         "type.jsonl": ("type.jsonl:251", "must be text"),
         "list.jsonl": ("list.jsonl:251", "must be a JSON object, got list"),
         "utf8.jsonl": ("utf8.jsonl:251", "one JSON object per line"),
+        "half.jsonl": ("half.jsonl:251", r"got half a surrogate pair '\ud83d' at character 4"),
         "cut.jsonl.gz": ("cut.jsonl.gz", "must be complete gzip data, got damage after document"),
         "no.jsonl.gz": ("no.jsonl.gz", "must be complete gzip data"),
         "latin.txt": ("latin.txt:1", "must be UTF-8"),
@@ -320,6 +322,13 @@ def test_tools_print_one_error_line_and_fail(tmp_path, model, documents):
     source = jsonl(tmp_path / "good.jsonl", documents)
     train = [sys.executable, str(TRAIN_TOOL), "--input", source, "--output-prefix", str(tmp_path / "tok")]
     assert subprocess.run([*train, "--vocab-size", "400"]).returncode == 0
+    half = jsonl(tmp_path / "half.jsonl", [*documents, {"text": "\ud83d"}])
+    done = subprocess.run([*train, "--vocab-size", "400", "--input", half], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"error: {half}:301: 'text' must be text that UTF-8 can hold, got half a surrogate pair '\\ud83d' at "
+        "character 0; correct or drop the line"
+    )
     again = train_sentencepiece(
         [t for row in documents for t in (row["text"] if isinstance(row["text"], list) else [row["text"]])],
         str(tmp_path / "twin"),

@@ -33,6 +33,7 @@ from tests.integration._trainer import (
 
 FP32_LOSS = 1e-5  # two stages against one rank over two steps; promised as much, measured 5e-7
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+DOCUMENTS = "--num-layers 4 --reset-attention-mask --reset-position-ids --eod-mask-loss"
 STEADY = "--train-iters 4 --eval-iters 1 --eval-interval 2 --recipe metis --log-params-norm"
 
 
@@ -53,6 +54,7 @@ def one(folder: Path) -> dict[str, Outcome]:
     """All runs of one rank, in one process."""
     data = data_options(write_data(folder / "text"))
     save = f"--save {folder}/save --save-interval 2"
+    samples = "--train-samples 24 --eval-iters 0 --lr-decay-style linear"
     ramp = "--train-samples 40 --eval-iters 0 --rampup-batch-size 4 4 16 --global-batch-size 8"
     cases = {
         "plain": "--train-iters 4 --eval-iters 0",
@@ -64,6 +66,12 @@ def one(folder: Path) -> dict[str, Outcome]:
         "second_half": f"{STEADY} {save} --load {folder}/save --async-save --log-progress",
         "again": f"{STEADY} --load {folder}/save --eval-interval 3",
         "evaluate": f"--skip-train --eval-iters 1 --recipe metis --load {folder}/save",
+        "weights_only": f"{STEADY} --load {folder}/save --ckpt-step 2 --no-load-optim "
+        "--lr-decay-style linear",
+        "samples_half": f"{samples} --save {folder}/samples --save-interval 100 --exit-interval 2",
+        "samples_smaller": f"{samples} --load {folder}/samples --global-batch-size 2",
+        "samples_larger": f"{samples} --load {folder}/samples --global-batch-size 8",
+        "documents": f"--train-iters 2 --eval-iters 0 {DOCUMENTS}",
         "ramp": ramp,
         "ramp_half": f"{ramp} --save {folder}/ramp --save-interval 100 --exit-interval 3",
         "ramp_rest": f"{ramp} --load {folder}/ramp",
@@ -98,6 +106,8 @@ def two(folder: Path, one: dict[str, Outcome]) -> dict[str, Outcome]:
         "overlap_rest": f"{STEADY} {OVERLAP} {save} --load {folder}/save2",
         "tied2": "--train-iters 2 --eval-iters 0 --preset llama3.2-1b --num-layers 4 --no-rope-fusion "
         "--pipeline-model-parallel-size 2",
+        "documents_vpp2": f"--train-iters 2 --eval-iters 0 {DOCUMENTS} --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
         "recomputed": f"{STEADY} --use-distributed-optimizer --recompute-granularity full "
         "--recompute-method uniform --recompute-num-layers 1",
     }
@@ -160,6 +170,25 @@ def test_skip_train_evaluates_a_checkpoint_without_length_and_schedule(
 ) -> None:
     assert sorted(column(folder / "evaluate.jsonl", "validation_loss", "validation")) == [4]
     assert column(folder / "evaluate.jsonl") == {}
+
+
+def test_weights_alone_go_on_at_their_place_in_the_schedule(folder: Path, one: dict[str, Outcome]) -> None:
+    rates = column(folder / "weights_only.jsonl", "learning_rate")
+    assert rates == pytest.approx({3: 1e-3 - 9e-4 * 2 / 4, 4: 1e-3 - 9e-4 * 3 / 4})  # to a tenth, linearly
+
+
+def test_samples_that_are_left_are_trained_on_whatever_the_batch_size(
+    folder: Path, one: dict[str, Outcome]
+) -> None:
+    for name, batch, last in (("samples_smaller", 2, 10), ("samples_larger", 8, 4)):
+        tokens = column(folder / f"{name}.jsonl", "consumed_tokens")
+        assert [count // 32 for count in tokens.values()] == list(range(8 + batch, 25, batch))
+        assert max(tokens) == last and f"setting training iterations to {last}" in one[name].stdout
+
+
+def test_documents_stay_apart_on_every_virtual_stage(folder: Path, two: dict[str, Outcome]) -> None:
+    one_rank, stages = (column(folder / f"documents{suffix}.jsonl") for suffix in ("", "_vpp2"))
+    assert stages == pytest.approx(one_rank, rel=FP32_LOSS)
 
 
 def test_batch_size_ramp_resumes_in_the_middle(folder: Path, one: dict[str, Outcome]) -> None:

@@ -304,6 +304,16 @@ def test_a_foreign_checkpoint_and_several_processes_are_refused(
         plan_conversion(Conversion(load=f"{folder}/plain", **request), tmp_path)
 
 
+def test_a_batch_job_without_srun_is_one_process(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")):
+        monkeypatch.setenv(name, value)
+    request = Conversion(load=f"{made['folder']}/plain", save=str(tmp_path / "new"), recipe="metis_paper")
+    plan_conversion(request, tmp_path)
+
+
 def test_the_command_ends_a_mistake_in_one_line(tmp_path: Path):
     done = _command("--load", str(tmp_path), "--save", str(tmp_path / "x"), "--recipe", "metis_paper")
     assert done.returncode == 2 and done.stdout == ""

@@ -87,6 +87,7 @@ MEGATRON_DEFAULTS = [
      --no-ckpt-fully-parallel-save>ckpt_fully_parallel_save
      --disable-ckpt-fully-parallel-save>ckpt_fully_parallel_save
      --no-use-tokenizer-model-from-checkpoint-args>use_tokenizer_model_from_checkpoint_args
+     --disable-use-tokenizer-model-from-checkpoint-args>use_tokenizer_model_from_checkpoint_args
      --no-log-loss-scale-to-tensorboard>log_loss_scale_to_tensorboard
      --disable-log-loss-scale-to-tensorboard>log_loss_scale_to_tensorboard
      """),
@@ -317,6 +318,16 @@ def test_srun_environment_becomes_torchruns():
     env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
     arguments._launch_environment(env, parse_args([]))
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.0.0.1", "1")
+
+
+def test_single_process_tools_pass_over_slurms_variables_but_not_torchruns(monkeypatch):
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8"), ("SLURM_JOB_NODELIST", "gpu1")):
+        monkeypatch.setenv(name, value)
+    assert parse_args(TINY.split(), single_process=True).world_size == 1
+    assert "RANK" not in os.environ and "MASTER_ADDR" not in os.environ
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse_args(TINY.split(), single_process=True).world_size == 2
 
 
 def test_wrong_rank_variable_is_named(monkeypatch):

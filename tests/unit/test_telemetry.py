@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,14 @@ from metis.errors import ConfigError
 from metis.training import outputs, signals
 from metis.training.metrics_file import MetricsFile
 from metis.training.state import TrainState
-from metis.training.telemetry import StepReport, TrainingLog, format_training_line, format_validation_block
+from metis.training.step import StepRunner
+from metis.training.telemetry import (
+    LM_LOSS,
+    StepReport,
+    TrainingLog,
+    format_training_line,
+    format_validation_block,
+)
 from tests._distributed import run_ranks
 
 REFERENCE_LINE = (
@@ -384,3 +392,21 @@ def test_memory_report_is_silent_about_gpus_on_the_cpu(capsys: pytest.CaptureFix
         pytest.skip("the CPU's report")
     outputs.report_memory("(after 1 iterations)")
     assert "allocated" not in capsys.readouterr().out
+
+
+def test_an_evaluation_of_an_old_checkpoint_keeps_what_came_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = [f'{{"kind": "{kind}", "iteration": {i}}}\n' for i in (2, 4) for kind in ("train", "validation")]
+    path.write_text("".join(lines) + '{"kind": "tr')
+    MetricsFile(path, 2, keep_validation=False, keep_later=True).close()
+    assert path.read_text() == lines[0] + lines[2] + lines[3]
+
+
+def test_a_spiky_loss_is_found_in_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten times the largest of the job's own first hundred, also after a resume at step 150."""
+    for first in (0, 150):
+        steps = SimpleNamespace(args=Namespace(check_for_spiky_loss=True), largest_loss=0.0, num_losses=0)
+        for iteration in range(first, first + 120):
+            value = 500.0 if iteration - first == 110 else 5.0
+            StepRunner._note_spike(steps, {LM_LOSS: value}, iteration)
+        assert capsys.readouterr().out == f"spiky loss at iteration {first + 111}: 5.000000E+02\n"
