@@ -483,7 +483,7 @@ class MetisLinear(nn.Module):
         plan = self.core.plan(Axis.whole(num_tokens), position=position)
         if plan.weights is not None and not has_gradients:
             more["weights"] = WeightCache(plan.weights.keep)
-        return replace(plan, **more)
+        return replace(plan, **more) if more else plan
 
     def _count_backward(self, num_tokens: int) -> None:
         """Note that a microbatch is done: after its backward, so that recomputation sees its forward's."""
