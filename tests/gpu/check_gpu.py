@@ -282,6 +282,9 @@ def part_single(session: Session) -> None:
 
 def compare_layout(session: Session, layout: str, options: dict[str, Any]) -> None:
     """Run every recipe on two ranks and compare with one rank from the same seed and data."""
+    if "cuda_graph_impl" in options and session.device == "cpu":
+        session.add(layout, "CUDA graphs", "not run", "they need a GPU")
+        return
     missing = [recipe for recipe in RECIPES if f"single-{recipe}" not in session.done]
     session.together([session.tiny(f"single-{recipe}", recipe, STEPS_COMPARED) for recipe in missing], 110)
     for recipe in RECIPES:
@@ -291,7 +294,8 @@ def compare_layout(session: Session, layout: str, options: dict[str, Any]) -> No
         session.together([run], 70)
         single = session.done.get(f"single-{recipe}")
         if not run.ok or single is None or not single.ok:
-            session.add(layout, recipe, "FAILED", run.status if single is None else single.status)
+            one = "not run" if single is None else single.status
+            session.add(layout, recipe, "FAILED", f"{run.status}; one rank: {one}")
             continue
         losses = relative(single.values("lm_loss"), run.values("lm_loss"))
         norms = relative(single.values("grad_norm"), run.values("grad_norm"))
