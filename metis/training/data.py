@@ -15,13 +15,16 @@ Traps:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import socket
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from metis.errors import ConfigError
@@ -53,6 +56,9 @@ Stream = BatchStream | CoordinateStream
 # One stream, one per virtual pipeline chunk, or None where the split does not exist.
 Streams = Stream | list[Stream] | None
 T = TypeVar("T")
+
+_NUM_DIGESTED = 4
+"""Samples by which an order is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +124,7 @@ def build_data_iterators(
     counts = sample_counts(args)
     built = build_datasets(args, tokenizer, counts, built_here=any(layout.chunk_needs_data))
     _check_training_size(args, counts[0], built.sizes[0])
+    _compare_order(args, state, built)
     period = built.sizes[1]
     args.test_eval_iters = args.eval_iters
     if args.eval_iters and getattr(args, "full_validation", False) and built.sizes[1]:
@@ -184,6 +191,33 @@ def _check_training_size(args: Namespace, asked: int, size: int) -> None:
         f"a blend without weights is read once: its train part holds {size} samples of {args.seq_length} "
         f"tokens, the run asks for {asked}; give weights (they repeat the data), add data, or run less",
     )
+
+
+def _compare_order(args: Namespace, state: TrainState, built: SplitDatasets) -> None:
+    """Warn where a run goes on in data that lies in another order than before, and note the order."""
+    is_cyclic = getattr(args, "dataloader_type", None) == "cyclic"
+    order = _on_rank_zero(lambda: _digest(built.datasets[0], with_size=is_cyclic))
+    if state.consumed_train_samples and order and state.data_order not in ("", order) and _rank() == 0:
+        print(
+            "WARNING: the training samples lie in another order than before the resume, because the data or "
+            f"the number of passes over it has changed: after {state.consumed_train_samples} samples some "
+            "come "
+            "again and some later; ask for the whole length from the start and leave early with "
+            "--exit-interval",
+            file=sys.stderr,
+            flush=True,
+        )
+    state.data_order = order or state.data_order
+
+
+def _digest(dataset: Any, *, with_size: bool) -> str:
+    """Return a digest of the first samples, and of their number; nothing without data."""
+    if dataset is None or not len(dataset):
+        return ""
+    digest = hashlib.sha256(str(len(dataset) if with_size else "").encode())
+    for index in range(min(_NUM_DIGESTED, len(dataset))):
+        digest.update(np.asarray(dataset[index]["tokens"]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def build_datasets(

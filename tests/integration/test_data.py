@@ -37,6 +37,7 @@ NO_MASK = {"reset_attention_mask": True, "create_attention_mask_in_dataloader": 
 class Progress:
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
+    data_order: str = ""
 
 
 def write_dataset(prefix: Path, num_documents: int, seed: int = 0, mean_length: int = 40) -> str:
@@ -102,6 +103,25 @@ def test_resume_at_any_consumed_count_continues_the_stream(prefix):
         for expected, got in zip(whole[consumed // 2 :], rest, strict=True):
             assert got["first_sample"] == expected["first_sample"]
             assert torch.equal(got["tokens"], expected["tokens"])
+
+
+def test_a_resume_in_another_order_is_told(prefix, tmp_path, capsys):
+    """More iterations keep the order until they need another pass over the data."""
+    other = write_dataset(tmp_path / "other", 60, seed=5)
+    progress = Progress()
+    build(make_args([prefix], train_iters=10), progress)
+    first, progress.consumed_train_samples = progress.data_order, 8
+    assert len(first) == 16
+    build(make_args([prefix], train_iters=11), progress)
+    assert progress.data_order == first and "WARNING" not in capsys.readouterr().err
+    for path, iterations in ((prefix, 200), (other, 10)):
+        progress.data_order = first
+        build(make_args([path], train_iters=iterations), progress)
+        assert progress.data_order != first
+        assert "WARNING: the training samples lie in another order than before" in capsys.readouterr().err
+    progress.data_order = ""  # of a checkpoint that does not know it
+    build(make_args([prefix]), progress)
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_validation_restarts_at_its_own_count_and_wraps_around(prefix):
