@@ -435,9 +435,8 @@ class MetisLinear(nn.Module):
         if self.weight.is_meta:
             raise ConfigError(
                 f"{self.core.layer}: device",
-                f"must not be meta under recipe {recipe.name!r}, which factors the initial weight; build "
-                "the layer "
-                "where it computes",
+                f"must not be meta under recipe {recipe.name!r}, which factors the initial weight; "
+                "build the layer where it computes",
             )
         self.factors = FactorPath(config=config, amax_scope=recipe.amax_scope, **axes)
         rank = config.rank.columns(self.core.in_features.size)

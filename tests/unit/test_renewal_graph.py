@@ -137,14 +137,18 @@ class Model:
             if spoiled == "not finite" and number == 4:
                 rows[0, 0] = torch.nan
 
+    def put_aside(self, number: int, rows: Tensor) -> None:
+        """Give a basis its rows of this step."""
+        basis = self.bases[number]
+        if basis.operand == "weight":
+            basis.add_weight(rows, Axis.whole(rows.shape[0]))
+        else:
+            basis.add_rows(rows)
+
     def renew(self, step: int, compute: Any = None, *, moved: bool = False) -> None:
         """Put the rows aside, or copies of them, and renew."""
-        for basis, rows in zip(self.bases, self.rows, strict=True):
-            here = rows.clone() if moved else rows
-            if basis.operand == "weight":
-                basis.add_weight(here, Axis.whole(rows.shape[0]))
-            else:
-                basis.add_rows(here)
+        for number, rows in enumerate(self.rows):
+            self.put_aside(number, rows.clone() if moved else rows)
         renew_bases(self.bases, step, None, compute)
         overwrite_active(self.bases)
 
@@ -170,27 +174,19 @@ class SketchingModel(Model):
         kept = [piece for pieces in self.pieces.values() for piece in pieces[1:] if piece is not None]
         return [*self.rows, *kept, *(t for s in self.sketches.values() for t in (s.z, s.gram, s.count))]
 
-    def renew(self, step: int, compute: Any = None, *, moved: bool = False) -> None:
-        """Do as `Model` does, with the sketches where they have been before."""
-        taken = {}
-        for number, (first, rest) in self.pieces.items():
-            basis = self.bases[number]
-            if basis.state.phase == "warm":
-                pending = Pending(rows=[first])
-                sketch_pending([(basis.stand_in(), pending)])
-                place = self.sketches.setdefault(number, pending.sketch)
-                for name in ("z", "gram", "count"):
-                    getattr(place, name).copy_(getattr(pending.sketch, name))
-                taken[basis] = Pending(rows=[] if rest is None else [rest], sketch=place)
-        for basis, rows in zip(self.bases, self.rows, strict=True):
-            if basis in taken:
-                basis.put_aside(taken[basis])
-            elif basis.operand == "weight":
-                basis.add_weight(rows, Axis.whole(rows.shape[0]))
-            else:
-                basis.add_rows(rows)
-        renew_bases(self.bases, step, None, compute)
-        overwrite_active(self.bases)
+    def put_aside(self, number: int, rows: Tensor) -> None:
+        """Do as `Model` does, with a sketch of the rows where it has been before."""
+        basis = self.bases[number]
+        if number not in self.pieces or basis.state.phase != "warm":
+            super().put_aside(number, rows)
+            return
+        first, rest = self.pieces[number]
+        pending = Pending(rows=[first])
+        sketch_pending([(basis.stand_in(), pending)])
+        place = self.sketches.setdefault(number, pending.sketch)
+        for name in ("z", "gram", "count"):
+            getattr(place, name).copy_(getattr(pending.sketch, name))
+        basis.put_aside(Pending(rows=[] if rest is None else [rest], sketch=place))
 
 
 def assert_equal(one: Model, other: Model) -> None:
