@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import os
 import socket
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from metis.training.batches import (
     batch_on_this_cp_rank,
 )
 from metis.training.data_source import SPLITS, DataSource, checked_source, sample_counts, token_entropy_nats
+from metis.training.validation_checks import warn
 
 if TYPE_CHECKING:
     from metis.training.state import TrainState
@@ -197,15 +197,13 @@ def _compare_order(args: Namespace, state: TrainState, built: SplitDatasets) -> 
     """Warn where a run goes on in data that lies in another order than before, and note the order."""
     is_cyclic = getattr(args, "dataloader_type", None) == "cyclic"
     order = _on_rank_zero(lambda: _digest(built.datasets[0], with_size=is_cyclic))
-    if state.consumed_train_samples and order and state.data_order not in ("", order) and _rank() == 0:
-        print(
-            "WARNING: the training samples lie in another order than before the resume, because the data or "
-            f"the number of passes over it has changed: after {state.consumed_train_samples} samples some "
-            "come "
+    if state.consumed_train_samples and order and state.data_order not in ("", order):
+        warn(
+            args,
+            "the training samples lie in another order than before the resume, because the data or the "
+            f"number of passes over it has changed: after {state.consumed_train_samples} samples some come "
             "again and some later; ask for the whole length from the start and leave early with "
             "--exit-interval",
-            file=sys.stderr,
-            flush=True,
         )
     state.data_order = order or state.data_order
 

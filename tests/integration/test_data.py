@@ -61,7 +61,7 @@ def make_args(data_path: list[str] | None = None, **changes: object) -> Namespac
         num_dataset_builder_threads=1, full_validation=False, skip_train=False, seed=1234, seq_length=SEQ,
         micro_batch_size=2, global_batch_size=4, train_iters=10, train_samples=None, rampup_batch_size=None,
         eval_iters=2, eval_interval=5, virtual_pipeline_model_parallel_size=None, device="cpu",
-        tokenizer_type="NullTokenizer", vocab_size=VOCAB,
+        tokenizer_type="NullTokenizer", vocab_size=VOCAB, rank=0,
     )  # fmt: skip
     assert set(changes) <= set(values)
     return Namespace(**{**values, **changes})
