@@ -464,12 +464,12 @@ class _QuantizedLinear(torch.autograd.Function):
         accumulate, memo = _accumulate_dtype(g_MN.dtype), dict(ctx.memo)
         w_NK, first, *saved = ctx.saved_tensors
         x = first if ctx.kept is None else ctx.kept.unpack(saved)
-        dx = dw = None
+        dx = dw = finish = None
         if ctx.needs_input_grad[0]:
             dx = dgrad(g_MN, w_NK, plan, accumulate, memo).to(g_MN.dtype)
             if plan.gathered_operand == "input":
                 assert plan.gather is not None
-                dx = plan.gather.scatter_sum(dx)
+                finish = plan.gather.start_scatter_sum(dx)
         if ctx.needs_input_grad[1]:
             dw = deliver_weight_grad(ctx.weight, wgrad(g_MN, x, plan, accumulate, memo))
         if not ctx.is_done:
@@ -479,7 +479,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 feed_sketch(plan.sketch, rows, g_MN)
             if plan.after_backward is not None:
                 plan.after_backward()
-        return dx, dw, None, None
+        return dx if finish is None else finish(), dw, None, None
 
 
 def feed_sketch(sketch: BasisSketch, input_rows: Tensor | None, g_MN: Tensor) -> None:

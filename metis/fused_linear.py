@@ -107,9 +107,6 @@ class _FusedLinear(torch.autograd.Function):
             ctx.plan, ctx.weight, ctx.is_done = plan, w, False
             source = x if is_observed and not is_packed else None
             ctx.save_for_backward(w, rows, source, *saved.tensors())
-        if plan.gathered_operand == "grad_output":
-            assert plan.gather is not None
-            y = plan.gather.scatter_sum(y)
         return y
 
     @staticmethod
@@ -131,9 +128,6 @@ class _FusedLinear(torch.autograd.Function):
             seen += [("wgrad_input", source)] if needs[1] and source is not None else []
             _observe(plan, *seen)
         dx, dw = backward(g, ctx.weight, SavedInput(*saved), plan, needs)
-        if dx is not None and plan.gathered_operand == "input":
-            assert plan.gather is not None
-            dx = plan.gather.scatter_sum(dx)
         if not ctx.is_done:
             ctx.is_done = True  # a graph that is kept may be walked again
             if plan.sketch is not None:

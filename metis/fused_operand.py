@@ -280,7 +280,8 @@ def decode_into(place: Tensor, packed: Tensor, scale_bytes: Tensor, quantizer: Q
 def gather_together(shards: Axis, *parts: Tensor) -> list[Tensor]:
     """Return each tensor of every rank, [T, ...], in shard order; one message for all of them.
 
-    parts: of equal shapes on all ranks, contiguous. What comes back is a view of the message.
+    parts: of equal shapes on all ranks, contiguous. What comes back is a view of the message, to be used up
+    before the next one.
     """
     starts, size = [], 0
     for part in parts:
@@ -369,7 +370,7 @@ def gather_columns(
     """Decode the columns that all ranks hold into `place` [features, M]; returns their P, [M, r]."""
     packed, scale_bytes, *others = gather_together(shards, *codes, *([] if p is None else [p]))
     decode_into(columns_of_ranks(place, shards), packed, scale_bytes, quantizer)
-    return others[0].flatten(0, 1) if others else None
+    return torch.cat(others[0].unbind()) if others else None
 
 
 def thin_columns(buffer: Tensor, num_columns: int, shards: Axis | None) -> Tensor:

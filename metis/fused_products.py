@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from metis.encoded_weight import EncodedSide, EncodedWeight
+from metis.exchange import scattered_product
 from metis.functional import LinearPlan, as_placeholder, operand_of
 from metis.fused import scale_target
 from metis.fused_operand import (
@@ -93,14 +94,15 @@ class SavedInput:
 
 
 def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor, SavedInput]:
-    """Return y of all tokens in bf16, and what backward needs of x."""
+    """Return y in bf16, of all tokens or of the rank's own where its gradient comes as a shard of them, and
+    what backward needs of x.
+    """
     recipe, shards = plan.recipe, shards_of(plan, "input")
     quantizer, wgrad_quantizer = recipe.fprop_input.quantizer, recipe.wgrad_input.quantizer
     wgrad_quantizer = wgrad_quantizer if keep else None
     encoded: EncodedWeight = plan.weights.get(w, plan)
     num_here, num_in = x.shape
     num_tokens = num_here if shards is None else num_here * shards.num_shards
-    y = torch.empty(num_tokens, w.shape[0], dtype=x.dtype, device=x.device)
     v_x = v_w = None
     if quantizer is not None:
         v_x, v_w = basis_of(plan, "fprop_input"), head_basis_of(plan, "fprop_weight")
@@ -120,13 +122,13 @@ def forward(x: Tensor, w: Tensor, plan: LinearPlan, keep: bool) -> tuple[Tensor,
         sums = thin_sums(x, v_w)
     used = amaxes(residual, plan, ("fprop_input", "wgrad_input"), (quantizer, wgrad_quantizer), amax)
     if quantizer is None:
-        scaled_product(all_rows(x, shards), w, y)
+        y = _sum_of_tokens(all_rows(x, shards), w, None, plan)
     else:
         assert encoded.fprop is not None
         left, right, scales = _operands(  # type: ignore[assignment]
             (x, residual, sums), (left, thin), encoded.fprop, plan, ("fprop_input", "fprop_weight"), used[0]
         )
-        scaled_product(left, right, y, scales.alpha)  # type: ignore[arg-type]
+        y = _sum_of_tokens(left, right, scales.alpha, plan)  # type: ignore[arg-type]
     if wgrad_quantizer is None:
         return y, SavedInput(x)
     if merges:
@@ -236,7 +238,7 @@ def _open_gradient(
 def backward(
     g: Tensor, w: Tensor, x: SavedInput, plan: LinearPlan, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dx of all tokens and what stands for dw."""
+    """Return dx, of the rank's own tokens where x is a shard of them, and what stands for dw."""
     recipe, shards = plan.recipe, shards_of(plan, "grad_output")
     encoded: EncodedWeight = plan.weights.get(w, plan)
     gradient = _open_gradient(g, encoded, plan, needs)
@@ -245,7 +247,7 @@ def backward(
         or (needs[1] and recipe.wgrad_grad_output.quantizer is None)
     ):
         g = shards.gather_rows(g)
-    dx = dw = None
+    dx = dw = finish = None
     if needs[0]:
         left, right, alpha = g, w, None
         if gradient.left is not None:
@@ -254,9 +256,26 @@ def backward(
         scaled_product(left, right.t(), dx, alpha)
         # As large as everything that backward keeps of this linear: gone before wgrad's are made.
         gradient.left = gradient.right = left = right = None  # type: ignore[assignment]
+        if plan.gathered_operand == "input":
+            assert plan.gather is not None
+            finish = plan.gather.start_scatter_sum(dx)
     if needs[1]:
         dw = _weight_gradient(g, gradient, w, x, plan)
-    return dx, dw
+    return dx if finish is None else finish(), dw
+
+
+def _sum_of_tokens(left: Tensor, right: Tensor, alpha: Tensor | None, plan: LinearPlan) -> Tensor:
+    """Return alpha left right^T in bf16: y of all tokens, or this rank's rows of its sum over the ranks.
+
+    With an exchange the rows of others are multiplied first, and leave while the own are.
+    """
+    y = torch.empty(left.shape[0], right.shape[0], dtype=right.dtype, device=right.device)
+    scatters = plan.gathered_operand == "grad_output"
+    exchange = plan.gather.exchange if scatters and plan.gather is not None else None
+    if exchange is None:
+        scaled_product(left, right, y, alpha)
+        return plan.gather.scatter_sum(y) if scatters and plan.gather is not None else y
+    return scattered_product(exchange, y, lambda rows, out: scaled_product(left[rows], right, out, alpha))
 
 
 def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor:

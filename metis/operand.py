@@ -15,7 +15,8 @@ P = x V; of the mean: arXiv 2603.10444.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose.projector import chunk_partials, head_and_residual, num_chunks_for, tree_sum
 from metis.errors import ConfigError
+from metis.exchange import Exchange, others_of
 from metis.fused import FusedTensor, KernelChoice, can_fuse, fused_amax, fused_quantize, sign_vector
 from metis.kernels import KernelNoise
 from metis.quantize import (
@@ -51,7 +53,8 @@ class Axis:
     size: logical length. runs: (first logical index, length) of each contiguous piece held, in local order;
     logical columns are in Hugging Face order, so that gate and up, q and k and v lie apart. parts: how many
     equal pieces the local axis is made of that are sharded separately (2 for gate|up), for canonical sums.
-    group: the ranks that hold the other pieces (None on one rank).
+    group: the ranks that hold the other pieces (None on one rank). exchange: who carries rows between them
+    beside products, where somebody does.
     """
 
     size: int
@@ -60,6 +63,7 @@ class Axis:
     num_shards: int = 1
     shard: int = 0
     group: Any = None
+    exchange: Exchange | None = field(default=None, compare=False)
 
     @classmethod
     def whole(cls, size: int) -> Axis:
@@ -69,7 +73,13 @@ class Axis:
     def alone(self) -> Axis:
         """Return the piece held here as an axis of its own, which nobody shares."""
         return replace(
-            self, size=self.local_size, runs=((0, self.local_size),), num_shards=1, shard=0, group=None
+            self,
+            size=self.local_size,
+            runs=((0, self.local_size),),
+            num_shards=1,
+            shard=0,
+            group=None,
+            exchange=None,
         )
 
     @property
@@ -96,9 +106,15 @@ class Axis:
         return pieces
 
     def gather_stacked(self, value: Tensor) -> Tensor:
-        """Return `value` of every rank that holds a piece, in shard order: [num_shards, ...]."""
+        """Return `value` of every rank that holds a piece, in shard order: [num_shards, ...].
+
+        By an exchange it lies where the next message does: use it up before.
+        """
         if not self.is_sharded:
             return value[None]
+        if self.exchange is not None:
+            whole = self.exchange.gather(value.reshape(-1)).wait()
+            return whole.view(self.num_shards, *value.shape)
         whole = value.new_empty(self.num_shards * value.numel())  # flat: the one shape that all backends take
         dist.all_gather_into_tensor(whole, value.reshape(-1), group=self.group)
         return whole.view(self.num_shards, *value.shape)
@@ -126,12 +142,30 @@ class Axis:
 
     def scatter_sum(self, value: Tensor) -> Tensor:
         """Return this rank's [local_size, ...] rows of the sum of every rank's [size, ...]; one part only."""
+        return self.start_scatter_sum(value)()
+
+    def start_scatter_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """Start `scatter_sum`; the returned function waits for the rows. `value` must stay as it is until
+        then.
+        """
         assert self.parts == 1
         if not self.is_sharded:
-            return value
-        mine = value.new_empty((value.shape[0] // self.num_shards, *value.shape[1:]))
-        dist.reduce_scatter_tensor(mine, value.contiguous(), group=self.group)
-        return mine
+            return lambda: value
+        value, num_rows = value.contiguous(), value.shape[0] // self.num_shards
+        if self.exchange is not None:
+            rows = value.split(num_rows)
+            scattering = self.exchange.scatter(rows[0].shape, value.dtype)
+            for rank in others_of(self.exchange):
+                scattering.send(rank, rows[rank])
+            return lambda: scattering.finish(rows[self.shard])
+        mine = value.new_empty((num_rows, *value.shape[1:]))
+        work = dist.reduce_scatter_tensor(mine, value, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return mine
+
+        return finish
 
     def reduce_max(self, value: Tensor) -> Tensor:
         """Return the maximum over all pieces; NaN on any rank gives NaN (a library's MAX may drop it)."""

@@ -217,11 +217,12 @@ def run_contender(settings: StepSettings, contender: Contender, scratch: Path, l
     contender.peak_bytes, contender.profile = found["peak_bytes"], found.get("profile")
 
 
-def environment() -> dict[str, str]:
+def environment(options: Sequence[str] = ()) -> dict[str, str]:
     """Return this process's environment with our sources first and what the trainer's layouts want."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     given = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "4"} | given
+    connections = "8" if "--tp-comm-overlap" in options else "1"  # copies beside products need queues
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": connections, "OMP_NUM_THREADS": "4"} | given
 
 
 def launch_process(settings: StepSettings, job: WorkerJob, scratch: Path) -> str | None:
@@ -235,7 +236,11 @@ def launch_process(settings: StepSettings, job: WorkerJob, scratch: Path) -> str
     command += ["metis.benchmark.step_worker", str(path)]
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment(job.options),
+            start_new_session=True,
         )
         try:
             status: int | None = process.wait(settings.timeout_seconds)

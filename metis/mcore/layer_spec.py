@@ -1,8 +1,8 @@
 """The transformer block as a list of layer specs: which class computes each linear, norm and attention.
 
 A policy gives every linear its recipe by global path. Linears that are `bf16` for the whole run are the
-engine's own classes; all others are ours with the recipe, the path and the run's clock bound in. Neither the
-model nor the layers mention FP4.
+engine's own classes (with an exchange, those that overlap their messages); all others are ours with the
+recipe, the path and the run's clock bound in. Neither the model nor the layers mention FP4.
 
 Trap: megatron-core 0.16.1 calls `linear_qkv` of a spec directly and builds the other linears through
 `build_module`, so the first is a `functools.partial` and the others are `ModuleSpec`s with parameters.
@@ -31,10 +31,12 @@ from megatron.core.transformer.transformer_layer import (
 
 from metis.clock import TrainingClock
 from metis.config import Recipe
+from metis.exchange import Exchange
 from metis.gemm import GemmBackend
 from metis.mcore.attention import SdpaCoreAttention
 from metis.mcore.linear import MetisColumnParallelLinear, MetisRowParallelLinear
 from metis.mcore.norm import norm_class
+from metis.mcore.overlapped_linear import OverlappedColumnParallelLinear, OverlappedRowParallelLinear
 
 STATE_DICT_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -51,6 +53,7 @@ def block_spec(
     backend: GemmBackend | None,
     vp_stage: int | None = None,
     ours: Collection[str] | None = None,
+    exchange: Exchange | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the specs of the layers that this pipeline stage builds.
 
@@ -58,14 +61,15 @@ def block_spec(
     our classes because their recipe is, or will be, another than the engine's linear (None: those whose
     recipe is now). use_transformer_engine: norms and attention are Transformer Engine's, and so are the
     linears of layers that are entirely bf16. backend: who multiplies the FP4 operands of our linears; None:
-    all linears are Transformer Engine's, and the config's FP4 switches say which of them quantise.
+    all linears are Transformer Engine's, and the config's FP4 switches say which of them quantise. exchange:
+    of the tensor-parallel group, for linears whose messages run beside their products.
     """
     if ours is None:
         ours = {path for path, recipe in recipes.items() if not recipe.is_high_precision}
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     specs = [
-        _layer_spec(config, index, recipes, ours, clock, use_transformer_engine, backend)
+        _layer_spec(config, index, recipes, ours, clock, use_transformer_engine, backend, exchange)
         for index in range(first, first + count)
     ]
     if use_transformer_engine:
@@ -83,6 +87,7 @@ def _layer_spec(
     clock: TrainingClock,
     use_transformer_engine: bool,
     backend: GemmBackend | None,
+    exchange: Exchange | None,
 ) -> ModuleSpec:
     assert backend is not None or use_transformer_engine
     paths = {
@@ -106,10 +111,14 @@ def _layer_spec(
     def linear(name: str) -> tuple[type, dict[str, Any]]:
         path = paths[name]
         is_column = name.endswith(("linear_qkv", "linear_fc1"))
-        if path not in ours:
+        if path in ours:
+            cls = MetisColumnParallelLinear if is_column else MetisRowParallelLinear
+            how = {"recipe": recipes[path], "layer": path, "clock": clock, "backend": backend}
+            return cls, how | {"exchange": exchange}
+        if exchange is None:
             return (ColumnParallelLinear if is_column else RowParallelLinear), {}
-        cls = MetisColumnParallelLinear if is_column else MetisRowParallelLinear
-        return cls, {"recipe": recipes[path], "layer": path, "clock": clock, "backend": backend}
+        cls = OverlappedColumnParallelLinear if is_column else OverlappedRowParallelLinear
+        return cls, {"exchange": exchange}
 
     def spec(name: str) -> ModuleSpec:
         cls, params = linear(name)

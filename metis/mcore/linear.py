@@ -8,7 +8,7 @@ split and quantised on the shard and gathered as codes, with the same bits as if
 first (which is what happens where blocks along tokens would cross ranks, and for reparametrised linears).
 
 The recipe can change between steps. While nothing is quantised or split the engine's own `_forward_impl`
-runs, so such a phase is bitwise what the engine's class computes.
+runs (or, with an exchange, the overlapped one), so such a phase is bitwise what the engine's class computes.
 
 Reparametrised linears hold u [N, r], s [r], v [K, r] beside `weight` (the residual). Column-parallel: u
 sharded with the outputs; row-parallel: v sharded with the inputs; the other factor and s are replicated and
@@ -17,12 +17,12 @@ their gradients are summed over the tensor-parallel group in backward.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
     RowParallelLinear,
     set_tensor_model_parallel_attributes,
 )
@@ -42,8 +42,10 @@ from torch import Tensor
 
 from metis.clock import TrainingClock
 from metis.config import Recipe
+from metis.exchange import Exchange
 from metis.gemm import GemmBackend
 from metis.mcore.axes import qkv_axis, sequence_shard_axis, sharded_axis, token_axis
+from metis.mcore.overlapped_linear import OverlappedColumnParallelLinear, OverlappedRowParallelLinear
 from metis.nn import LinearCore, OperandBasis, SequenceShard
 from metis.operand import Axis
 from metis.reparametrised import FactorPath, split_by_svd
@@ -53,6 +55,7 @@ class _RecipeLinear(torch.nn.Module):
     """What both parallel linears share; mixed in before the engine's class."""
 
     core: LinearCore
+    exchange: Exchange | None
     is_reparametrized = False
 
     def _set_up(
@@ -151,7 +154,7 @@ class _RecipeLinear(torch.nn.Module):
         if any(length % multiple for _, length in axis.runs):
             return None
         gather = sharded_axis(tokens.local_size, shard=get_pg_rank(group), num_shards=tp_size, group=group)
-        return SequenceShard(operand=operand, tokens=axis, gather=gather)
+        return SequenceShard(operand=operand, tokens=axis, gather=replace(gather, exchange=self.exchange))
 
     @staticmethod
     def _tokens(sequence: int, batch: int) -> Axis:
@@ -223,7 +226,7 @@ def _sharded(value: Tensor, key: str, axis: Axis | None, groups: dict, as_view: 
     return apply_swiglu_sharded_factory(make_tp_sharded_tensor_for_checkpoint(value, key, 0, **groups), ())
 
 
-class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
+class MetisColumnParallelLinear(_RecipeLinear, OverlappedColumnParallelLinear):
     """y = x w^T with the rows of w (outputs) sharded; the layer spec binds recipe, layer name, clock and
     backend."""
 
@@ -290,7 +293,7 @@ class MetisColumnParallelLinear(_RecipeLinear, ColumnParallelLinear):
         return self._own_sharded_state(0, 0, prefix, sharded_offsets, metadata)
 
 
-class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
+class MetisRowParallelLinear(_RecipeLinear, OverlappedRowParallelLinear):
     """y = x w^T with the columns of w (inputs) sharded; the engine sums the ranks' outputs."""
 
     def __init__(
@@ -321,7 +324,9 @@ class MetisRowParallelLinear(_RecipeLinear, RowParallelLinear):
         if self.sequence_parallel and self.input_is_parallel and not self.recipe.is_high_precision:
             sequence = self._sequence_shard("grad_output", input_.shape[0], input_.shape[1])
         if sequence is None:
-            return super().forward(input_)
+            if self.recipe.is_high_precision:
+                return super().forward(input_)
+            return RowParallelLinear.forward(self, input_)
         output = self._compute(input_, self.weight, None, sequence)
         if self.bias is not None and not self.skip_bias_add:
             return output + self.bias, None

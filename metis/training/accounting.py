@@ -108,7 +108,7 @@ _PARALLEL_FIELDS = (
     "world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size",
     "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather",
-    "overlap_p2p_comm",
+    "overlap_p2p_comm", "tp_comm_overlap",
 )  # fmt: skip
 _TRAINING_FIELDS = (
     "micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples", "lr",

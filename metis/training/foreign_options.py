@@ -60,7 +60,7 @@ _DENSE = "only dense LLaMA-type models are trained here; remove the option"
 _MLP = "the MLP is SwiGLU (--swiglu) or GELU; remove the option"
 _FSDP = "only data parallelism with --use-distributed-optimizer is offered; remove the option"
 _ADAM = "optimizer state is fp32 AdamW on the training device; remove the option"
-_LINEARS = "the linears here do their own communication; remove the option"
+_OVERLAP = "--tp-comm-overlap has no parts to choose from here; remove the option"
 _CONVERT = "checkpoints are torch_dist only; convert others with the tools of this project"
 _SCOPE = "not part of LLaMA pretraining as offered here; remove the option"
 
@@ -127,8 +127,10 @@ REFUSED_PREFIXES: dict[str, str] = {
     "--kitchen-": _RECIPE,
     "--fsdp-": _FSDP,
     "--torch-fsdp2-": _FSDP,
-    "--tp-comm-": _LINEARS,
-    "--no-tp-comm-": _LINEARS,
+    "--tp-comm-overlap-": _OVERLAP,
+    "--tp-comm-bootstrap-": _OVERLAP,
+    "--no-tp-comm-": _OVERLAP,
+    "--disable-tp-comm-": _OVERLAP,
     "--ckpt-convert-": _CONVERT,
     "--non-persistent-": "use --save-interval with --save-retain-interval or --keep-last-checkpoints",
     "--muon-": "the optimizer is AdamW; remove the option",

@@ -34,6 +34,7 @@ from metis.clock import TrainingClock
 from metis.config import Recipe
 from metis.diagnostics import describe
 from metis.errors import ConfigError
+from metis.exchange import Exchange
 from metis.gemm import GemmBackend
 from metis.mcore.initialization import initialize_parameters
 from metis.mcore.layer_spec import block_spec
@@ -44,6 +45,7 @@ from metis.schedule import all_uses, schedule_of
 from metis.training.fusions import Fusions, resolve_fusions
 from metis.training.gemm_backend import TRANSFORMER_ENGINE, edge_counts, resolve_gemm_backend
 from metis.training.outputs import print_rank_0
+from metis.training.overlap import resolve_exchange
 
 SHARDED_DIMS = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 ENGINE_LINEARS = ("TELayerNormColumnParallelLinear", "TEColumnParallelLinear", "TERowParallelLinear")
@@ -194,12 +196,13 @@ def build_model(
     use_te = uses_transformer_engine(args)
     edges = edge_counts(recipes) if backend is None else None
     config = transformer_config(args, use_te, edges, resolve_fusions(args, use_te))
+    exchange = resolve_exchange(args, use_te)
     num_chunks = args.virtual_pipeline_model_parallel_size or 1
     chunks: list[nn.Module] = []
     for stage in range(num_chunks):
         vp_stage = stage if args.virtual_pipeline_model_parallel_size else None
-        spec = _layer_spec(args, config, recipes, ours, clock, use_te, backend, vp_stage)
-        chunks.append(_chunk(args, config, spec, vp_stage))
+        spec = _layer_spec(args, config, recipes, ours, clock, use_te, backend, vp_stage, exchange)
+        chunks.append(_chunk(args, config, spec, vp_stage, exchange))
     if args.device == "cuda":
         chunks = [chunk.cuda() for chunk in chunks]
     _mark_sharded_weights(chunks)
@@ -232,11 +235,19 @@ def _layer_spec(
     use_te: bool,
     backend: GemmBackend | None,
     vp_stage: int | None,
+    exchange: Exchange | None,
 ) -> Any:
     if args.spec:
         return _imported_spec(args, config, vp_stage)
     return block_spec(
-        config, recipes, clock, use_transformer_engine=use_te, backend=backend, vp_stage=vp_stage, ours=ours
+        config,
+        recipes,
+        clock,
+        use_transformer_engine=use_te,
+        backend=backend,
+        vp_stage=vp_stage,
+        ours=ours,
+        exchange=exchange,
     )
 
 
@@ -258,7 +269,13 @@ def _imported_spec(args: Namespace, config: TransformerConfig, vp_stage: int | N
     return spec
 
 
-def _chunk(args: Namespace, config: TransformerConfig, spec: Any, vp_stage: int | None) -> LlamaModel:
+def _chunk(
+    args: Namespace,
+    config: TransformerConfig,
+    spec: Any,
+    vp_stage: int | None,
+    exchange: Exchange | None,
+) -> LlamaModel:
     return LlamaModel(
         config,
         spec,
@@ -276,6 +293,7 @@ def _chunk(args: Namespace, config: TransformerConfig, spec: Any, vp_stage: int 
         rope_scaling_factor=args.rope_scaling_factor,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
+        exchange=exchange,
     )
 
 

@@ -174,6 +174,8 @@ _PARALLEL = (
     _switch("--account-for-loss-in-pipeline-split", "count the output layer as one block", "model"),
     _switch("--sequence-parallel", "shard activations between linears along the sequence; off when TP=1",
             "model"),
+    _switch("--tp-comm-overlap", "send what --sequence-parallel gathers and scatters beside products",
+            "overlap"),
     _opt("--cp-comm-type", str, ["all_gather"], "how context parallelism exchanges keys and values", "model",
          nargs="+", choices=("all_gather",)),
     _switch("--use-distributed-optimizer", "shard optimizer state over data parallel ranks", "optimizer"),

@@ -47,6 +47,17 @@ def check_parallel(args: Namespace, world_size: int) -> None:
         f"needs a sequence per context rank divisible by the tensor parallel size {tp}, received "
         f"{args.seq_length // cp} tokens; change --seq-length",
     )
+    if args.tp_comm_overlap and tp == 1:
+        warn(args, "--tp-comm-overlap is off because the tensor parallel size is 1")
+        args.tp_comm_overlap = False
+    for option, missing in (
+        ("--sequence-parallel", not args.sequence_parallel),
+        ("--transformer-impl local", args.transformer_impl == "transformer_engine"),
+        ("no --spec", args.spec is not None),
+    ):
+        require(
+            not (args.tp_comm_overlap and missing), "--tp-comm-overlap", f"needs {option}; change one of them"
+        )
     require(
         not (cp > 1 and args.reset_attention_mask),
         "--reset-attention-mask",

@@ -140,7 +140,7 @@ class Session:
                        "--master-port", str(20000 + os.getpid() % 10000), *arguments]  # fmt: skip
         environment = os.environ | {
             "OMP_NUM_THREADS": "1" if self.device == "cpu" else "4",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "8" if "--tp-comm-overlap" in run.options else "1",
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
             "TRITON_CACHE_DIR": str(self.scratch / "triton"),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",

@@ -358,6 +358,36 @@ def part_tp2_graphs(session: Session) -> None:
     compare_layout(session, "tp2-graphs", TP2 | {"cuda_graph_impl": "local"})
 
 
+def part_tp2_overlap(session: Session) -> None:
+    """Messages beside products: as those between them, and captured as launched; in deterministic mode."""
+    how = TP2 | {"deterministic_mode": None}
+    beside = how | {"tp_comm_overlap": None}
+    for recipe in RECIPES:
+        between, launched, captured = (
+            session.tiny(f"overlap-{name}-{recipe}", recipe, STEPS_COMPARED, 2, **options)
+            for name, options in (
+                ("without", how),
+                ("launched", beside),
+                ("captured", beside | {"cuda_graph_impl": "local"}),
+            )
+        )
+        for run in (between, launched) if session.device == "cpu" else (between, launched, captured):
+            session.together([run], 70)
+        if not between.ok or not launched.ok:
+            session.add("overlap", recipe, "FAILED", f"without: {between.status}; with: {launched.status}")
+            continue
+        losses = relative(between.values("lm_loss"), launched.values("lm_loss"))
+        good = finite(launched) and losses[0] < FIRST_LOSS[recipe] and max(losses) < SAME_LOSS[recipe]
+        detail = f"{same_bits(between, launched)}; loss: first {losses[0]:.1e}, worst {max(losses):.1e}"
+        peers = "by copies into the other GPUs" in launched.log
+        detail += "" if session.device == "cpu" else f"; peer memory: {'used' if peers else 'NOT used'}"
+        session.add("overlap", recipe, "ok" if good else "DIFFERS", detail)
+        if session.device == "cuda":
+            verdict = same_bits(launched, captured) if captured.ok else captured.status
+            good = verdict.startswith("bitwise")
+            session.add("overlap", f"{recipe} in graphs", "ok" if good else "DIFFERS", verdict)
+
+
 def part_dp2_graphs(session: Session) -> None:
     """Data parallelism with the distributed optimizer, the step in CUDA graphs."""
     compare_layout(session, "dp2-graphs", {"use_distributed_optimizer": None, "cuda_graph_impl": "local"})
@@ -435,6 +465,7 @@ PARTS: dict[str, dict[str, Callable[[Session], None]]] = {
         "single": part_single, "tp2": part_tp2, "resume-tp2": part_resume_tp2, "dp2": part_dp2,
         "pp2": part_pp2, "cp2": part_cp2, "vpp2": part_vpp2, "tp2-fp32": part_tp2_fp32,
         "billion-tp2": part_billion_tp2, "te-tp2": part_te_tp2, "tp2-graphs": part_tp2_graphs,
+        "tp2-overlap": part_tp2_overlap,
         "dp2-graphs": part_dp2_graphs,
     },
 }  # fmt: skip

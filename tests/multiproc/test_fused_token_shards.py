@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from metis import fused_linear
 from metis.clock import TrainingClock
+from metis.config import Recipe
+from metis.exchange import MessageExchange
 from metis.gemm import EmulatedGemm
 from metis.mcore.axes import sharded_axis
 from metis.nn import LinearCore, SequenceShard, advance_bases
@@ -40,12 +42,18 @@ VARIANTS = (
     RECIPES["metis_merged"],
     replace(RECIPES["metis"], name="packed", save_packed=True),
 )
+OVERLAPPED = VARIANTS[0], VARIANTS[2]
+"""Whose messages travel beside products as well."""
 
 
-def _axes(layer: str, rank: int, world_size: int) -> tuple[Axis, Axis, SequenceShard | None]:
+def _axes(
+    layer: str, rank: int, world_size: int, is_overlapped: bool
+) -> tuple[Axis, Axis, SequenceShard | None]:
     """Return the input and output axis of a gate|up or a down projection, and the shard of tokens."""
     shard = {"shard": rank, "num_shards": world_size, "group": dist.group.WORLD if world_size > 1 else None}
     axis = sharded_axis(TOKENS, **shard)
+    if is_overlapped:
+        axis = replace(axis, exchange=MessageExchange(dist.group.WORLD))
     if layer.endswith("fc1"):
         axes, operand = (Axis.whole(HIDDEN), sharded_axis(FFN, parts=2, **shard)), "input"
     else:
@@ -54,7 +62,9 @@ def _axes(layer: str, rank: int, world_size: int) -> tuple[Axis, Axis, SequenceS
     return *axes, sequence if world_size > 1 else None
 
 
-def _train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def _train(
+    rank: int, world_size: int, recipes: tuple[Recipe, ...] = VARIANTS, is_overlapped: bool = False
+) -> dict[str, torch.Tensor]:
     """Return y, dx and dw of the last step, whole, and how often a pass ran on kernels."""
     found: dict[str, torch.Tensor] = {}
     ran = 0
@@ -67,9 +77,9 @@ def _train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
 
     fused_linear.forward = forward
     whole = Axis.whole(TOKENS)
-    for recipe in VARIANTS:
+    for recipe in recipes:
         for layer in LAYERS:
-            features_in, features_out, shard = _axes(layer, rank, world_size)
+            features_in, features_out, shard = _axes(layer, rank, world_size, is_overlapped)
             clock = TrainingClock(seed=11, num_tokens_per_step=TOKENS)
             core = LinearCore(
                 recipe=recipe, layer=layer, in_features=features_in, out_features=features_out, clock=clock,
@@ -112,8 +122,10 @@ def _train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
 def check() -> None:
     """Compare one rank with two; for a process whose environment chooses Triton's interpreter."""
     (one,) = run_ranks(_train, 1, timeout=300)
-    for sharded in run_ranks(_train, 2, timeout=300):
-        assert sharded.pop("ran") == STEPS * len(VARIANTS) * len(LAYERS)
+    found = [(VARIANTS, sharded) for sharded in run_ranks(_train, 2, timeout=300)]
+    found += [(OVERLAPPED, sharded) for sharded in run_ranks(_train, 2, OVERLAPPED, True, timeout=300)]
+    for recipes, sharded in found:
+        assert sharded.pop("ran") == STEPS * len(recipes) * len(LAYERS)
         for name, value in sharded.items():
             error = float((value - one[name]).norm() / one[name].norm())
             print(f"{name}: {error:.1e}")

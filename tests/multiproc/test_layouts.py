@@ -19,7 +19,9 @@ from tests.multiproc._trainer_runs import FOUR_RANKS, ONE_RANK, RECIPES, TWO_RAN
 
 NUM_STEPS = 20
 CORE_RECIPES = ("bf16", "nvfp4", "metis")
-LAYOUTS = (*TWO_RANKS, *FOUR_RANKS)
+OVERLAPPED_LAYOUT = "tp2_sp_overlap"
+OVERLAPPED = {OVERLAPPED_LAYOUT: f"{TWO_RANKS['tp2_sp']} --tp-comm-overlap"}
+LAYOUTS = (*TWO_RANKS, *OVERLAPPED, *FOUR_RANKS)
 CONTEXT_PARALLEL = {"cp2": "--context-parallel-size 2"}
 
 # Tolerances are the promise.
@@ -43,6 +45,8 @@ def _wanted(recipe: str, mode: str, layout: str, everything: bool) -> bool:
     """Choose what runs by default; `--long` runs every combination."""
     if everything:
         return True
+    if layout == OVERLAPPED_LAYOUT:
+        return (recipe == "bf16" and mode == PLAIN) or (recipe == "metis" and mode == EXACT)
     if mode == EXACT:
         return recipe in CORE_RECIPES or layout in ("tp2_sp", "dp2_zero")
     if recipe == "bf16":
@@ -68,7 +72,11 @@ def curves(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     data = make_data(folder)
     everything = "not long" not in request.config.getoption("markexpr")
     results: dict[str, Any] = {}
-    for world_size, layouts in ((1, ONE_RANK), (2, TWO_RANKS | CONTEXT_PARALLEL), (4, FOUR_RANKS)):
+    for world_size, layouts in (
+        (1, ONE_RANK),
+        (2, TWO_RANKS | OVERLAPPED | CONTEXT_PARALLEL),
+        (4, FOUR_RANKS),
+    ):
         cases = {}
         for recipe in RECIPES:
             for mode in (EXACT, PLAIN, LOW):

@@ -48,6 +48,7 @@ MEGATRON_DEFAULTS = [
      --group-query-attention --use-rotary-position-embeddings --rotary-interleaved --use-rope-scaling
      --qk-layernorm --swiglu --add-qkv-bias --untie-embeddings-and-output-weights --first-last-layers-bf16
      --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --sequence-parallel
+     --tp-comm-overlap
      --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-average-in-collective
      --exit-signal-handler --skip-train --recompute-activations --check-for-spiky-loss --check-for-large-grads
      --manual-gc --deterministic-mode --calculate-per-token-loss --cross-entropy-loss-fusion

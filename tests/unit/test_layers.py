@@ -25,7 +25,7 @@ ROWS = (
     ("metis.policy",),
     ("metis.schedule",),
     ("metis.rng", "metis.rounding"),
-    ("metis.clock",),
+    ("metis.clock", "metis.exchange"),
     ("metis.quantize", "metis.decompose", "metis.kernels"),
     ("metis.fused",),
     ("metis.operand",),

@@ -74,6 +74,20 @@ def test_sequence_parallel_is_off_with_a_warning_without_tensor_parallelism(caps
     assert resolve("--sequence-parallel --tensor-model-parallel-size 2", world_size=2).sequence_parallel
 
 
+def test_overlapped_tensor_parallel_messages_need_sequence_parallelism_and_linears_of_ours(capsys):
+    assert not resolve("--tp-comm-overlap").tp_comm_overlap
+    assert "--tp-comm-overlap is off" in capsys.readouterr().err
+    two = "--tp-comm-overlap --tensor-model-parallel-size 2"
+    assert resolve(f"{two} --sequence-parallel", world_size=2).tp_comm_overlap
+    for options, missing in (
+        (two, "--sequence-parallel"),
+        (f"{two} --sequence-parallel --transformer-impl transformer_engine", "--transformer-impl local"),
+        (f"{two} --sequence-parallel --spec some.module some_function", "no --spec"),
+    ):
+        with pytest.raises(ConfigError, match=f"--tp-comm-overlap: needs {missing}"):
+            resolve(options, world_size=2)
+
+
 def test_preset_vocabulary_counts_the_end_of_document_of_the_null_tokenizer():
     args = resolve(base="--preset llama3-8b --mock-data --micro-batch-size 1 --lr 1 --train-iters 1")
     assert (args.tokenizer_type, args.vocab_size, args.padded_vocab_size) == ("NullTokenizer", 128255, 128256)
