@@ -71,6 +71,12 @@ class Exchange(Protocol):
         """
         ...
 
+    def own_place(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Return memory, uint8 [num_bytes], that `gather` sends from without a copy; write it once the last
+        gathering has been waited for.
+        """
+        ...
+
     def scatter(self, shape: Sequence[int], dtype: torch.dtype) -> Scattering:
         """Return a scattering of rows [m, ...] of this shape and dtype; each other rank is sent some once."""
         ...
@@ -158,6 +164,10 @@ class MessageExchange:
         work = dist.all_gather_into_tensor(result, rows.view(-1), group=self.group, async_op=True)
         return _MessageGathering(rows, result.view(-1, *rows.shape[1:]), work)
 
+    def own_place(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Return memory for a message; see `Exchange`."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
     def scatter(self, shape: Sequence[int], dtype: torch.dtype) -> Scattering:
         """Return a scattering; see `Exchange`."""
         return _MessageScattering(self, tuple(shape), dtype)
@@ -229,16 +239,21 @@ class PeerExchange:
     def gather(self, rows: Tensor, *, whole: bool = True) -> Gathering:
         """Start to send `rows`; see `Exchange`."""
         data, inbox = _bytes(rows), self._inbox("gather", self.size * rows.nbytes)
+        own = _slot(inbox.memory[self.rank], self.rank, data.numel())
         with self._beside():
             self._meet(0)  # nobody reads what came before any more
             for rank in others_of(self):
                 _slot(inbox.memory[rank], self.rank, data.numel()).copy_(data)
             self._meet(1)  # everybody has written
-            if whole:
-                _slot(inbox.memory[self.rank], self.rank, data.numel()).copy_(data)
+            if whole and own.data_ptr() != data.data_ptr():
+                own.copy_(data)
             done = self._stream.record_event()
         result = inbox.memory[self.rank][: self.size * rows.nbytes].view(rows.dtype)
         return _PeerGathering(rows, result.view(-1, *rows.shape[1:]), done)
+
+    def own_place(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Return memory for a message; see `Exchange`."""
+        return _slot(self._inbox("gather", self.size * num_bytes).memory[self.rank], self.rank, num_bytes)
 
     def scatter(self, shape: Sequence[int], dtype: torch.dtype) -> Scattering:
         """Return a scattering; see `Exchange`."""

@@ -14,7 +14,7 @@ Shape letters: M tokens, T ranks with m = M / T tokens each, K features held her
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,9 @@ from metis.functional import LinearPlan, is_transposed, operand_of
 from metis.fused import kernel_quantize, scale_target, sign_vector
 from metis.kernels import GemmScales, KernelNoise, KernelOutput, Thin
 from metis.operand import Axis, num_chunks_held
+
+Columns = Callable[[Tensor], Tensor | None]
+"""Writes wgrad's copy of an operand, of all tokens, to its place [features, M]; returns P of all of them."""
 
 _ALIGNMENT = 16
 """Bytes at whose multiples the parts of a message begin, so that kernels may read them in wide words."""
@@ -277,8 +280,9 @@ def decode_into(place: Tensor, packed: Tensor, scale_bytes: Tensor, quantizer: Q
     )
 
 
-def gather_together(shards: Axis, *parts: Tensor) -> list[Tensor]:
-    """Return each tensor of every rank, [T, ...], in shard order; one message for all of them.
+def start_gather(shards: Axis, *parts: Tensor) -> Callable[[], list[Tensor]]:
+    """Start to gather tensors; the returned function waits and gives each of every rank, [T, ...], in shard
+    order. One message for all of them.
 
     parts: of equal shapes on all ranks, contiguous. What comes back is a view of the message, to be used up
     before the next one.
@@ -287,14 +291,19 @@ def gather_together(shards: Axis, *parts: Tensor) -> list[Tensor]:
     for part in parts:
         starts.append(size)
         size += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
-    message = torch.empty(size, dtype=torch.uint8, device=parts[0].device)
+    message = shards.message(size, parts[0].device)
     for start, part in zip(starts, parts, strict=True):
         message[start : start + part.nbytes].copy_(part.view(-1).view(torch.uint8))
-    whole = shards.gather_stacked(message)
-    return [
-        whole[:, start : start + part.nbytes].view(part.dtype).unflatten(1, part.shape)
-        for start, part in zip(starts, parts, strict=True)
-    ]
+    arrive, kinds = shards.start_gather_stacked(message), [(p.nbytes, p.dtype, p.shape) for p in parts]
+
+    def finish() -> list[Tensor]:
+        whole = arrive()
+        return [
+            whole[:, start : start + num_bytes].view(dtype).unflatten(1, shape)
+            for start, (num_bytes, dtype, shape) in zip(starts, kinds, strict=True)
+        ]
+
+    return finish
 
 
 def rows_of_ranks(buffer: Tensor, shards: Axis) -> Tensor:
@@ -337,14 +346,13 @@ def fill_rows(
         return
     codes = quantize_to_bytes(matrix, quantizer, plan, cell_name, amax, scales.written)
     place_all(factors, scales.inverse)
-    packed, scale_bytes, *others = gather_together(shards, *codes, *([thin] if thin.shape[1] else []))
+    packed, scale_bytes, *others = start_gather(shards, *codes, *([thin] if thin.shape[1] else []))()
     decode_into(rows_of_ranks(buffer[:, :num_columns], shards), packed, scale_bytes, quantizer)
     for gathered in others:
         rows_of_ranks(buffer[:, num_columns:], shards).copy_(gathered)
 
 
-def fill_columns(
-    place: Tensor,
+def start_columns(
     matrix: Tensor,
     quantizer: QuantizerConfig,
     plan: LinearPlan,
@@ -352,25 +360,34 @@ def fill_columns(
     amax: Tensor | None,
     p: Tensor | None,
     scales: ProductScales | None = None,
-) -> Tensor | None:
-    """Quantise a matrix [m, features] along its tokens into `place` [features, M]; returns P of all
-    tokens.
+) -> Columns:
+    """Return what writes a matrix [m, features], quantised along its tokens, to a place. Where ranks hold
+    other tokens the own ones are quantised now, and on their way.
     """
     shards, written = shards_of(plan, operand_of(cell_name)), None if scales is None else scales.written
-    if shards is None:
+    if shards is not None:
+        codes = quantize_to_bytes(matrix.t(), quantizer, plan, cell_name, amax, written)
+        return start_gathered_columns(codes, quantizer, shards, p)
+
+    def write(place: Tensor) -> Tensor | None:
         quantize_into(matrix.t(), quantizer, plan, cell_name, amax, place, written)
         return p
-    codes = quantize_to_bytes(matrix.t(), quantizer, plan, cell_name, amax, written)
-    return gather_columns(place, codes, quantizer, shards, p)
+
+    return write
 
 
-def gather_columns(
-    place: Tensor, codes: tuple[Tensor, Tensor], quantizer: QuantizerConfig, shards: Axis, p: Tensor | None
-) -> Tensor | None:
-    """Decode the columns that all ranks hold into `place` [features, M]; returns their P, [M, r]."""
-    packed, scale_bytes, *others = gather_together(shards, *codes, *([] if p is None else [p]))
-    decode_into(columns_of_ranks(place, shards), packed, scale_bytes, quantizer)
-    return torch.cat(others[0].unbind()) if others else None
+def start_gathered_columns(
+    codes: tuple[Tensor, Tensor], quantizer: QuantizerConfig, shards: Axis, p: Tensor | None
+) -> Columns:
+    """Send the codes of the columns held here, and P; return what decodes those of all ranks."""
+    arrive = start_gather(shards, *codes, *([] if p is None else [p]))
+
+    def write(place: Tensor) -> Tensor | None:
+        packed, scale_bytes, *others = arrive()
+        decode_into(columns_of_ranks(place, shards), packed, scale_bytes, quantizer)
+        return torch.cat(others[0].unbind()) if others else None
+
+    return write
 
 
 def thin_columns(buffer: Tensor, num_columns: int, shards: Axis | None) -> Tensor:

@@ -35,8 +35,8 @@ differ).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +46,13 @@ from metis.exchange import scattered_product
 from metis.functional import LinearPlan, as_placeholder, operand_of
 from metis.fused import scale_target
 from metis.fused_operand import (
+    Columns,
     ProductScales,
     all_rows,
     amaxes,
     basis_of,
     decode_into,
-    fill_columns,
     fill_rows,
-    gather_columns,
     head_basis_of,
     is_merged,
     merge,
@@ -64,6 +63,8 @@ from metis.fused_operand import (
     rows_held,
     shards_of,
     split,
+    start_columns,
+    start_gathered_columns,
     thin_columns,
     thin_sums,
     wide,
@@ -71,6 +72,7 @@ from metis.fused_operand import (
 )
 from metis.gemm import scaled_product
 from metis.kernels import Thin
+from metis.operand import Axis
 
 
 @dataclass(slots=True)
@@ -196,6 +198,21 @@ class _Gradient:
     scales: ProductScales = field(default_factory=ProductScales)
 
 
+@dataclass(slots=True)
+class _WgradCopies:
+    """What writes wgrad's copies of g and x, None for one with its head added back; scales: of their product.
+
+    What ranks exchange is on its way: codes of a copy, and sums over tokens, fp32: of_g P_g^T R_x [r_g, K],
+    of_x P_x^T g [r_x, N]; None where nobody has other tokens, or R_x is still to be decoded.
+    """
+
+    scales: ProductScales
+    g: Columns | None = None
+    x: Columns | None = None
+    of_g: Callable[[], Tensor] | None = None
+    of_x: Callable[[], Tensor] | None = None
+
+
 def _open_gradient(
     g: Tensor, encoded: EncodedWeight, plan: LinearPlan, needs: tuple[bool, bool]
 ) -> _Gradient:
@@ -248,6 +265,7 @@ def backward(
     ):
         g = shards.gather_rows(g)
     dx = dw = finish = None
+    copies = _start_wgrad(gradient, x, plan) if needs[1] else None
     if needs[0]:
         left, right, alpha = g, w, None
         if gradient.left is not None:
@@ -260,7 +278,7 @@ def backward(
             assert plan.gather is not None
             finish = plan.gather.start_scatter_sum(dx)
     if needs[1]:
-        dw = _weight_gradient(g, gradient, w, x, plan)
+        dw = _weight_gradient(g, gradient, copies, w, x, plan)
     return dx if finish is None else finish(), dw
 
 
@@ -278,9 +296,11 @@ def _sum_of_tokens(left: Tensor, right: Tensor, alpha: Tensor | None, plan: Line
     return scattered_product(exchange, y, lambda rows, out: scaled_product(left[rows], right, out, alpha))
 
 
-def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor:
+def _weight_gradient(
+    g: Tensor, gradient: _Gradient, copies: _WgradCopies | None, w: Tensor, x: SavedInput, plan: LinearPlan
+) -> Tensor:
     """Form dw and deliver it: into the engine's accumulator where there is one. g: of all tokens where
-    nothing is quantised.
+    nothing is quantised. copies: None there.
     """
     main_grad: Tensor | None = getattr(w, "main_grad", None)
     out = torch.empty_like(w) if main_grad is None else main_grad
@@ -290,77 +310,114 @@ def _weight_gradient(g: Tensor, gradient: _Gradient, w: Tensor, x: SavedInput, p
         assert x.residual is not None
         left, right = g, all_rows(x.residual, shards_of(plan, "input"))
     else:
-        left, right, alpha = _wgrad_operands(gradient, w, x, plan)
+        assert copies is not None
+        left, right, alpha = _wgrad_operands(gradient, copies, w, x, plan)
     scaled_product(left.t(), right.t(), out, alpha, accumulate)
     return as_placeholder(w) if accumulate else out
 
 
-def _wgrad_operands(
-    gradient: _Gradient, w: Tensor, x: SavedInput, plan: LinearPlan
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return wgrad's operands, [M + r_g + r_x, N] and [M + r_g + r_x, K], and alpha."""
-    left, p, scales = _wgrad_gradient(gradient, x, plan)
-    if is_merged(plan, "wgrad_input"):
-        assert x.residual is not None and p is None
-        note(x.amax, plan, "wgrad_input")
-        return left, all_rows(x.residual, shards_of(plan, "input")), scales.alpha
-    r_g, r_x = width_of(p), width_of(x.p)
-    num_tokens = left.shape[0] - r_g - r_x
-    middle = num_tokens + r_g
-    right, factors = wide(w, left.shape[0], w.shape[1]), []
-    p_x = _fill_input(right[:num_tokens].t(), x, plan)
-    if p is not None:
-        assert gradient.v is not None
-        factors.append(Thin(gradient.v.t(), left[num_tokens:middle], False))
-        _head_times_residual(right[num_tokens:middle], p, right[:num_tokens], x, scales.inverse, plan)
-    if p_x is not None:
-        assert plan.v_input is not None
-        factors.append(Thin(plan.v_input.t(), right[middle:], False))
-        shards = shards_of(plan, "grad_output")
-        p_x = p_x if shards is None else rows_held(p_x, shards)
-        _over_tokens(left[middle:], p_x, gradient.g, scales.inverse, shards)
-    place_all(factors, None)
-    return left, right, scales.alpha
+def _start_wgrad(gradient: _Gradient, x: SavedInput, plan: LinearPlan) -> _WgradCopies | None:
+    """Quantise what ranks exchange for wgrad, so that it travels beside dgrad's product; None where nothing
+    is quantised.
+    """
+    name, residual = "wgrad_grad_output", gradient.residual
+    quantizer = plan.recipe.wgrad_grad_output.quantizer
+    if quantizer is None:
+        return None
+    copies = _WgradCopies(_wgrad_scales(gradient, x, plan))
+    shards, others = shards_of(plan, "grad_output"), shards_of(plan, "input")
+    if not is_merged(plan, name):
+        assert residual is not None
+        scales, gradient.residual = copies.scales, None  # the last to read it
+        copies.g = start_columns(residual, quantizer, plan, name, gradient.amax, gradient.p, scales)
+    if not is_merged(plan, "wgrad_input"):
+        copies.x = _start_input(x, plan)
+    if others is not None and gradient.p is not None and x.residual is not None:
+        copies.of_g = _start_over_tokens(rows_held(gradient.p, others), x.residual, others)
+    if shards is not None and x.p is not None:
+        copies.of_x = _start_over_tokens(rows_held(x.p, shards), gradient.g, shards)
+    return copies
 
 
-def _wgrad_gradient(
-    gradient: _Gradient, x: SavedInput, plan: LinearPlan
-) -> tuple[Tensor, Tensor | None, ProductScales]:
-    """Write wgrad's copy of g; return it with its thin rows still open, P of all tokens, and the scales."""
-    recipe, name, shards = plan.recipe, "wgrad_grad_output", shards_of(plan, "grad_output")
-    quantizer, residual, amax = recipe.wgrad_grad_output.quantizer, gradient.residual, gradient.amax
-    assert quantizer is not None and residual is not None and recipe.wgrad_input.quantizer is not None
-    num_thin, merges = width_of(gradient.p) + width_of(x.p), is_merged(plan, name)
-    scales = product_scales(
-        (quantizer, recipe.wgrad_input.quantizer),
-        (amax, x.amax),
-        num_thin > 0,
-        (merges, is_merged(plan, "wgrad_input")),
-    )
-    note(amax, plan, name)
-    gradient.residual = None  # the last to read it
-    if merges:
-        left = all_rows(merge(gradient.g, residual, quantizer, plan, name, amax), shards)
-        return left, None, scales
-    num_here, num_out = gradient.g.shape
-    num_tokens = num_here if shards is None else num_here * shards.num_shards
-    left = wide(gradient.g, num_tokens + num_thin, num_out)
-    p = fill_columns(left[:num_tokens].t(), residual, quantizer, plan, name, amax, gradient.p, scales)
-    return left, p, scales
+def _wgrad_scales(gradient: _Gradient, x: SavedInput, plan: LinearPlan) -> ProductScales:
+    names = "wgrad_grad_output", "wgrad_input"
+    quantizers = tuple(getattr(plan.recipe, name).quantizer for name in names)
+    has_thin = width_of(gradient.p) + width_of(x.p) > 0
+    merged = tuple(is_merged(plan, name) for name in names)
+    return product_scales(quantizers, (gradient.amax, x.amax), has_thin, merged)  # type: ignore[arg-type]
 
 
-def _fill_input(place: Tensor, x: SavedInput, plan: LinearPlan) -> Tensor | None:
-    """Write wgrad's copy of x into `place` [K, M]; returns P of all tokens."""
+def _start_input(x: SavedInput, plan: LinearPlan) -> Columns:
+    """Return what writes wgrad's copy of x."""
     shards, quantizer = shards_of(plan, "input"), plan.recipe.wgrad_input.quantizer
     assert quantizer is not None
     if x.residual is not None:
-        note(x.amax, plan, "wgrad_input")
-        return fill_columns(place, x.residual, quantizer, plan, "wgrad_input", x.amax, x.p)
-    assert x.packed is not None and x.scale_bytes is not None
+        return start_columns(x.residual, quantizer, plan, "wgrad_input", x.amax, x.p)
+    packed, scale_bytes = x.packed, x.scale_bytes
+    assert packed is not None and scale_bytes is not None
     if shards is not None:
-        return gather_columns(place, (x.packed, x.scale_bytes), quantizer, shards, x.p)
-    decode_into(place, x.packed, x.scale_bytes, quantizer)
-    return x.p
+        return start_gathered_columns((packed, scale_bytes), quantizer, shards, x.p)
+
+    def write(place: Tensor) -> Tensor | None:
+        decode_into(place, packed, scale_bytes, quantizer)
+        return x.p
+
+    return write
+
+
+def _wgrad_operands(
+    gradient: _Gradient, copies: _WgradCopies, w: Tensor, x: SavedInput, plan: LinearPlan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return wgrad's operands, [M + r_g + r_x, N] and [M + r_g + r_x, K], and alpha."""
+    note(gradient.amax, plan, "wgrad_grad_output")
+    if x.packed is None:  # else shown when it was quantised, in forward
+        note(x.amax, plan, "wgrad_input")
+    shards, others = shards_of(plan, "grad_output"), shards_of(plan, "input")
+    num_thin = width_of(gradient.p) + width_of(x.p)
+    p = p_x = None
+    if copies.g is None:
+        left = all_rows(_merged_gradient(gradient, plan), shards)
+        num_tokens = left.shape[0]
+    else:
+        num_here, num_out = gradient.g.shape
+        num_tokens = num_here if shards is None else num_here * shards.num_shards
+        left = wide(gradient.g, num_tokens + num_thin, num_out)
+        p = copies.g(left[:num_tokens].t())
+        copies.g = None  # with it goes what it was made of
+    middle = num_tokens + width_of(p)
+    if copies.x is None:
+        assert x.residual is not None
+        right = all_rows(x.residual, others)
+    else:
+        right = wide(w, left.shape[0], w.shape[1])
+        p_x = copies.x(right[:num_tokens].t())
+    factors, inverse = [], copies.scales.inverse
+    if p is not None:
+        assert gradient.v is not None
+        factors.append(Thin(gradient.v.t(), left[num_tokens:middle], False))
+        place = right[num_tokens:middle]
+        if copies.of_g is None:
+            _head_times_residual(place, p, right[:num_tokens], x, inverse, plan)
+        else:
+            place_all([Thin(copies.of_g(), place, True)], inverse)
+    if p_x is not None:
+        assert plan.v_input is not None
+        factors.append(Thin(plan.v_input.t(), right[middle:], False))
+        if copies.of_x is None:
+            scaled_product(p_x.t(), gradient.g.t(), left[middle:], inverse)
+        else:
+            factors.append(Thin(copies.of_x(), left[middle:], True))
+    place_all(factors, None if copies.of_x is None else inverse)
+    return left, right, copies.scales.alpha
+
+
+def _merged_gradient(gradient: _Gradient, plan: LinearPlan) -> Tensor:
+    """Return wgrad's copy of g with its head added back, of the rows held here."""
+    name, residual = "wgrad_grad_output", gradient.residual
+    quantizer = plan.recipe.wgrad_grad_output.quantizer
+    assert quantizer is not None and residual is not None
+    gradient.residual = None  # the last to read it
+    return merge(gradient.g, residual, quantizer, plan, name, gradient.amax)
 
 
 def _head_times_residual(
@@ -384,13 +441,13 @@ def _head_times_residual(
         if inverse is not None:
             assert x.amax is not None
             factor = inverse * (x.amax / scale_target(quantizer))
-    _over_tokens(rows, p if shards is None else rows_held(p, shards), residual, factor, shards)
-
-
-def _over_tokens(rows: Tensor, p: Tensor, matrix: Tensor, factor: Tensor | None, shards: Any) -> None:
-    """Write factor * p^T matrix into `rows`, summed over the tokens of all ranks; p [m, r], matrix [m, C]."""
     if shards is None:
-        scaled_product(p.t(), matrix.t(), rows, factor)
-        return
-    mine = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    place_all([Thin(shards.sum(scaled_product(p.t(), matrix.t(), mine)), rows, True)], factor)
+        scaled_product(p.t(), residual.t(), rows, factor)
+    else:
+        place_all([Thin(_start_over_tokens(rows_held(p, shards), residual, shards)(), rows, True)], factor)
+
+
+def _start_over_tokens(p: Tensor, matrix: Tensor, shards: Axis) -> Callable[[], Tensor]:
+    """Start p^T matrix, fp32 [r, C], summed over the tokens of all ranks; p [m, r], matrix [m, C]."""
+    mine = torch.empty(p.shape[1], matrix.shape[1], dtype=torch.float32, device=p.device)
+    return shards.start_sum(scaled_product(p.t(), matrix.t(), mine))

@@ -110,14 +110,31 @@ class Axis:
 
         By an exchange it lies where the next message does: use it up before.
         """
+        return self.start_gather_stacked(value)()
+
+    def start_gather_stacked(self, value: Tensor) -> Callable[[], Tensor]:
+        """Start `gather_stacked`; the returned function waits for it."""
         if not self.is_sharded:
-            return value[None]
+            return lambda: value[None]
+        shape = self.num_shards, *value.shape
         if self.exchange is not None:
-            whole = self.exchange.gather(value.reshape(-1)).wait()
-            return whole.view(self.num_shards, *value.shape)
-        whole = value.new_empty(self.num_shards * value.numel())  # flat: the one shape that all backends take
-        dist.all_gather_into_tensor(whole, value.reshape(-1), group=self.group)
-        return whole.view(self.num_shards, *value.shape)
+            gathering = self.exchange.gather(value.reshape(-1))
+            return lambda: gathering.wait().view(shape)
+        flat = value.reshape(-1)  # the one shape that all backends take
+        whole = flat.new_empty(self.num_shards * flat.numel())
+        work = dist.all_gather_into_tensor(whole, flat, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return whole.view(shape)
+
+        return finish
+
+    def message(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Return memory, uint8 [num_bytes], for what `start_gather_stacked` is to send next."""
+        if self.exchange is not None:
+            return self.exchange.own_place(num_bytes, device)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def gather_rows(self, value: Tensor) -> Tensor:
         """Return [size, ...] from every rank's [local_size, ...], parts kept together: the order of one
@@ -136,9 +153,19 @@ class Axis:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all pieces, in place on sharded axes."""
-        if self.is_sharded:
-            dist.all_reduce(value, group=self.group)
-        return value
+        return self.start_sum(value)()
+
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """Start `sum`; the returned function waits for it."""
+        if not self.is_sharded:
+            return lambda: value
+        work = dist.all_reduce(value, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return value
+
+        return finish
 
     def scatter_sum(self, value: Tensor) -> Tensor:
         """Return this rank's [local_size, ...] rows of the sum of every rank's [size, ...]; one part only."""
@@ -171,7 +198,7 @@ class Axis:
         """Return the maximum over all pieces; NaN on any rank gives NaN (a library's MAX may drop it)."""
         if not self.is_sharded:
             return value
-        return torch.stack(self.gather(value)).amax(dim=0)
+        return self.gather_stacked(value).amax(dim=0)
 
 
 def coefficients(x: Tensor, v: Tensor, features: Axis, num_chunks: int, tp_mode: str = "exact") -> Tensor:

@@ -67,21 +67,27 @@ def use_simulated_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(self: Axis, value: Tensor) -> list[Tensor]:
         return self.group.exchange(self.shard, value) if self.is_sharded else [value]
 
-    def gather_stacked(self: Axis, value: Tensor) -> Tensor:
-        return torch.stack(gather(self, value))
+    def start_gather_stacked(self: Axis, value: Tensor) -> Callable[[], Tensor]:
+        every = torch.stack(gather(self, value))
+        return lambda: every
 
     def total(self: Axis, value: Tensor) -> Tensor:
         if self.is_sharded:
             value.copy_(torch.stack(self.group.exchange(self.shard, value)).sum(dim=0))
         return value
 
-    def scatter_sum(self: Axis, value: Tensor) -> Tensor:
-        return self.local_rows(total(self, value.clone()))
+    def start_sum(self: Axis, value: Tensor) -> Callable[[], Tensor]:
+        result = total(self, value)
+        return lambda: result
+
+    def start_scatter_sum(self: Axis, value: Tensor) -> Callable[[], Tensor]:
+        mine = self.local_rows(total(self, value.clone()))
+        return lambda: mine
 
     monkeypatch.setattr(Axis, "gather", gather)
-    monkeypatch.setattr(Axis, "gather_stacked", gather_stacked)
-    monkeypatch.setattr(Axis, "scatter_sum", scatter_sum)
-    monkeypatch.setattr(Axis, "sum", total)
+    monkeypatch.setattr(Axis, "start_gather_stacked", start_gather_stacked)
+    monkeypatch.setattr(Axis, "start_scatter_sum", start_scatter_sum)
+    monkeypatch.setattr(Axis, "start_sum", start_sum)
 
 
 def shard_of(size: int, shard: int, team: Team, parts: int = 1) -> Axis:
