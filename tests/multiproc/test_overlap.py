@@ -2,12 +2,16 @@
 megatron-core's own do.
 
 Oracles: rows that every rank can make by itself; the engine's linears on the same ranks, bitwise, with whole
-numbers whose sums are exact in any order. Between GPUs: `tests/gpu/check_gpu.py two --parts tp2-overlap`.
+numbers whose sums are exact in any order. Memory that GPUs share is files here, and streams are order;
+between GPUs: `tests/gpu/check_gpu.py two --parts tp2-overlap`.
 """
 
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +19,17 @@ import torch
 import torch.distributed as dist
 
 from metis import exchange as exchanges
-from metis.exchange import MessageExchange, gathered_product, others_of, scattered_product, total_of
+from metis.errors import ConfigError
+from metis.exchange import (
+    MessageExchange,
+    PeerExchange,
+    gathered_product,
+    others_of,
+    scattered_product,
+    total_of,
+)
 from tests._distributed import run_ranks
+from tests.multiproc._trainer_runs import make_data, read_metrics, run_one
 
 ROWS, COLUMNS = 3, 5
 SEQUENCE, BATCH, HIDDEN, FFN = 16, 2, 32, 64
@@ -26,9 +39,57 @@ def _rows_of(rank: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS).add(100 * rank).to(dtype)
 
 
-def _exchanged(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+class _NoStream:
+    """Stands for a CUDA stream where everything runs in the order in which it is called."""
+
+    def __init__(self, priority: int = 0) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        assert event == "event"
+
+    def record_event(self) -> str:
+        return "event"
+
+
+class _Meeting:
+    def barrier(self, channel: int, timeout_ms: int) -> None:
+        assert channel in (0, 1) and timeout_ms == 600_000
+        dist.barrier()
+
+
+def _use_shared_files(folder: str, rank: int, world_size: int) -> None:
+    """Let `PeerExchange` find memory of every rank in files that all of them map, full of ones."""
+    numbers = iter(range(100))
+
+    def shared(num_bytes: int, group: Any) -> Any:
+        name = f"{folder}/inbox{next(numbers)}"
+        Path(f"{name}.{rank}").write_bytes(b"\xff" * num_bytes)
+        dist.barrier()
+        files = [f"{name}.{other}" for other in range(world_size)]
+        memory = [torch.from_file(file, True, num_bytes, dtype=torch.uint8) for file in files]
+        return exchanges._Inbox(num_bytes, memory, _Meeting())
+
+    exchanges._Inbox.shared = shared  # in this process only, as all that follows
+    torch.cuda.Stream = _NoStream
+    torch.cuda.stream = nullcontext
+    torch.cuda.current_stream = _NoStream
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+def _exchange_of(kind: str, group: Any, folder: str) -> Any:
+    if kind == "messages":
+        return MessageExchange(group)
+    _use_shared_files(folder, dist.get_rank(), dist.get_world_size())
+    return PeerExchange(group)
+
+
+def _exchanged(rank: int, world_size: int, kind: str, folder: str) -> dict[str, torch.Tensor]:
     found = {}
-    exchange = MessageExchange(dist.group.WORLD)
+    exchange = _exchange_of(kind, dist.group.WORLD, folder)
     assert (exchange.rank, exchange.size) == (rank, world_size)
     assert copy.deepcopy(exchange) is exchange
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -38,15 +99,29 @@ def _exchanged(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         for other in others_of(exchange):
             scattering.send(other, _rows_of(10 * rank + other, dtype))
         found[f"scattered {dtype}"] = scattering.finish(_rows_of(10 * rank + rank, dtype))
+        rest = exchange.gather(_rows_of(rank, dtype) + 1, whole=False).wait().unflatten(0, (world_size, -1))
+        found[f"others {dtype}"] = torch.stack([rest[other] for other in sorted(others_of(exchange))])
+        place = exchange.own_place(_rows_of(rank, dtype).nbytes, torch.device("cpu"))
+        place.copy_(_rows_of(rank, dtype).view(-1).view(torch.uint8))
+        found[f"placed {dtype}"] = exchange.gather(place).wait().clone().view(dtype).view(-1, COLUMNS)
+    large = torch.full((2**20, 3), float(rank))
+    found["large"] = exchange.gather(large).wait()[:: 2**20].clone()
     return found
 
 
+@pytest.mark.parametrize("kind", ["messages", "peers"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_exchange_delivers_rows_in_rank_order_and_sums_for_each_rank(world_size: int) -> None:
-    for rank, found in enumerate(run_ranks(_exchanged, world_size)):
+def test_exchange_delivers_rows_in_rank_order_and_sums_for_each_rank(
+    world_size: int, kind: str, tmp_path: Path
+) -> None:
+    for rank, found in enumerate(run_ranks(_exchanged, world_size, kind, str(tmp_path))):
+        assert torch.equal(found["large"], torch.arange(world_size)[:, None].expand(-1, 3).float())
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             expected = torch.cat([_rows_of(sender, dtype) for sender in range(world_size)])
             assert torch.equal(found[f"gathered {dtype}"], expected)
+            assert torch.equal(found[f"placed {dtype}"], expected)
+            others = [_rows_of(sender, dtype) + 1 for sender in range(world_size) if sender != rank]
+            assert torch.equal(found[f"others {dtype}"], torch.stack(others))
             pieces = [_rows_of(10 * sender + rank, dtype) for sender in range(world_size)]
             wide = torch.stack([piece.double() for piece in pieces]).sum(dim=0)
             assert torch.equal(found[f"scattered {dtype}"], wide.to(dtype))
@@ -140,7 +215,7 @@ def test_a_scattered_product_ends_with_the_own_rows(
     assert all(torch.equal(rows, left[2 * rank : 2 * rank + 2]) for _, rank, rows in sent)
 
 
-def _linears(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
+def _linears(rank: int, world_size: int, kind: str, folder: str) -> dict[str, list[torch.Tensor]]:
     """Return (y, dx, dw, db) of the engine's linears and of ours, by kind and case."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import layers
@@ -153,7 +228,7 @@ def _linears(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     model_parallel_cuda_manual_seed(1)
     patch_weight_gradients(lambda x, g, main_grad: main_grad.add_(g.t() @ x))
-    exchange = MessageExchange(parallel_state.get_tensor_model_parallel_group())
+    exchange = _exchange_of(kind, parallel_state.get_tensor_model_parallel_group(), folder)
     found = {}
     for fused in (False, True):
         config = TransformerConfig(
@@ -200,9 +275,9 @@ def _pass(linear: Any, kind: str, rank: int, world_size: int, fused: bool) -> li
     return [y.detach(), x.grad, dw, linear.bias.grad]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_overlapped_linears_compute_what_the_engine_does(world_size: int) -> None:
-    for found in run_ranks(_linears, world_size):
+@pytest.mark.parametrize(("world_size", "kind"), [(2, "messages"), (4, "messages"), (4, "peers")])
+def test_overlapped_linears_compute_what_the_engine_does(world_size: int, kind: str, tmp_path: Path) -> None:
+    for found in run_ranks(_linears, world_size, kind, str(tmp_path)):
         for case in ("column False", "column True", "row False", "row True"):
             for name, a, b in zip(
                 ("y", "dx", "dw", "db"), found[f"{case} engine"], found[f"{case} ours"], strict=True
@@ -245,3 +320,89 @@ def _frozen(rank: int, world_size: int) -> list[bool]:
 def test_only_the_gradients_that_are_wanted_are_made() -> None:
     for found in run_ranks(_frozen, 2):
         assert found == [True] * 4
+
+
+def _counted(rank: int, world_size: int, line: str, path: str) -> tuple[dict[str, int], list[float]]:
+    """Return how many messages of each kind one training step sends, and its loss and gradient norm."""
+    count = {"gather": 0, "scatter": 0}
+    for kind in count:
+        original = getattr(MessageExchange, kind)
+
+        def counting(*args: Any, _kind: str = kind, _original: Any = original, **options: Any) -> Any:
+            count[_kind] += 1
+            return _original(*args, **options)
+
+        setattr(MessageExchange, kind, counting)
+    run_one(rank, world_size, line, path)
+    metrics = read_metrics(f"{path}.jsonl")
+    return count, [*metrics["loss"], *metrics["grad_norm"]]
+
+
+NUM_MICROBATCHES, NUM_BLOCKS = 2, 2
+STEP_TOLERANCE = 1e-5
+"""Of loss and gradient norm in fp32 after one step, with and without; sums over tokens are cut otherwise."""
+
+
+def test_option_sends_the_messages_of_a_training_step(tmp_path: Path) -> None:
+    """Forward of a block gathers twice and scatters twice, backward the other way round and again for wgrad;
+    the output layer is one more column-parallel linear. A recipe's linears scatter what bf16 ones do.
+    """
+    data = make_data(tmp_path)
+    shape = "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 1"
+    for recipe in ("bf16", "metis"):
+        line = f"{data} {shape} --recipe {recipe}"
+        (without, expected), _ = run_ranks(_counted, 2, line, str(tmp_path / f"{recipe}0"))
+        (count, found), _ = run_ranks(_counted, 2, f"{line} --tp-comm-overlap", str(tmp_path / f"{recipe}1"))
+        assert without == {"gather": 0, "scatter": 0}
+        assert count["scatter"] == NUM_MICROBATCHES * (4 * NUM_BLOCKS + 1)
+        if recipe == "bf16":
+            assert count["gather"] == NUM_MICROBATCHES * (6 * NUM_BLOCKS + 2)
+        assert max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True)) < STEP_TOLERANCE
+
+
+def _refusal(rank: int, world_size: int) -> str:
+    from metis.training.overlap import resolve_exchange
+
+    try:
+        resolve_exchange(Namespace(tp_comm_overlap=True), use_transformer_engine=True)
+    except ConfigError as error:
+        return str(error)
+    return "built"
+
+
+def test_transformer_engines_linears_are_refused() -> None:
+    assert "needs --transformer-impl local" in run_ranks(_refusal, 1)[0]
+
+
+def _choice(rank: int, world_size: int) -> tuple[str, str]:
+    """Return what a group on two hosts, and one whose GPUs do not share memory, get, and what is printed."""
+    from megatron.core import parallel_state
+
+    from metis.training import overlap
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    printed: list[str] = []
+    overlap.print_rank_0 = printed.append
+    args = Namespace(
+        tp_comm_overlap=True, device="cuda", distributed_timeout_minutes=1, distributed_backend="nccl"
+    )
+    overlap.socket.gethostname = lambda: f"host{rank}"
+    exchange = overlap.resolve_exchange(args, False)
+    assert isinstance(exchange, MessageExchange)
+    overlap.socket.gethostname = lambda: "host"
+
+    def refuse(group: Any, timeout_seconds: float) -> Any:
+        if rank == 1:
+            raise RuntimeError("no access between devices\nfurther lines")
+        return "exchange"
+
+    overlap.PeerExchange = refuse
+    torch.cuda.synchronize = lambda: None
+    assert isinstance(overlap.resolve_exchange(args, False), MessageExchange)
+    return printed[0], printed[1]
+
+
+def test_ranks_that_cannot_share_memory_send_messages_and_say_why() -> None:
+    (first, second), _ = run_ranks(_choice, 2)
+    assert "by nccl (its ranks are on 2 hosts)" in first
+    assert "by nccl (no peer memory: no access between devices)" in second
