@@ -281,6 +281,8 @@ class PeerExchange:
         assert not torch.cuda.is_current_stream_capturing(), (
             "the first message of a size must not be captured"
         )
+        # Twice the last one at least, so that all of them together are less than twice the largest.
+        num_bytes = max([num_bytes, *(2 * inbox.num_bytes for inbox in inboxes)])
         inboxes.append(_Inbox.shared(-(-num_bytes // _GRANULE) * _GRANULE, self._group))
         return inboxes[-1]
 
@@ -300,6 +302,7 @@ class _Inbox:
 
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize()  # some versions of torch fill it with zeros, which must not come late
         handle = symmetric_memory.rendezvous(own, group.group_name)
         ranks = range(dist.get_world_size(group))
         return cls(num_bytes, [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks], handle)

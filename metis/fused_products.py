@@ -391,6 +391,7 @@ def _wgrad_operands(
     else:
         right = wide(w, left.shape[0], w.shape[1])
         p_x = copies.x(right[:num_tokens].t())
+        copies.x = None
     factors, inverse = [], copies.scales.inverse
     if p is not None:
         assert gradient.v is not None
@@ -400,6 +401,7 @@ def _wgrad_operands(
             _head_times_residual(place, p, right[:num_tokens], x, inverse, plan)
         else:
             place_all([Thin(copies.of_g(), place, True)], inverse)
+            copies.of_g = None
     if p_x is not None:
         assert plan.v_input is not None
         factors.append(Thin(plan.v_input.t(), right[middle:], False))
@@ -408,6 +410,7 @@ def _wgrad_operands(
         else:
             factors.append(Thin(copies.of_x(), left[middle:], True))
     place_all(factors, None if copies.of_x is None else inverse)
+    copies.of_x = None
     return left, right, copies.scales.alpha
 
 

@@ -110,7 +110,12 @@ class Axis:
 
         By an exchange it lies where the next message does: use it up before.
         """
-        return self.start_gather_stacked(value)()
+        if not self.is_sharded or self.exchange is not None:
+            return self.start_gather_stacked(value)()
+        flat = value.reshape(-1)  # the one shape that all backends take
+        whole = flat.new_empty(self.num_shards * flat.numel())
+        dist.all_gather_into_tensor(whole, flat, group=self.group)
+        return whole.view(self.num_shards, *value.shape)
 
     def start_gather_stacked(self, value: Tensor) -> Callable[[], Tensor]:
         """Start `gather_stacked`; the returned function waits for it."""
@@ -120,7 +125,7 @@ class Axis:
         if self.exchange is not None:
             gathering = self.exchange.gather(value.reshape(-1))
             return lambda: gathering.wait().view(shape)
-        flat = value.reshape(-1)  # the one shape that all backends take
+        flat = value.reshape(-1)
         whole = flat.new_empty(self.num_shards * flat.numel())
         work = dist.all_gather_into_tensor(whole, flat, group=self.group, async_op=True)
 
@@ -153,7 +158,9 @@ class Axis:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all pieces, in place on sharded axes."""
-        return self.start_sum(value)()
+        if self.is_sharded:
+            dist.all_reduce(value, group=self.group)
+        return value
 
     def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
         """Start `sum`; the returned function waits for it."""
@@ -169,7 +176,12 @@ class Axis:
 
     def scatter_sum(self, value: Tensor) -> Tensor:
         """Return this rank's [local_size, ...] rows of the sum of every rank's [size, ...]; one part only."""
-        return self.start_scatter_sum(value)()
+        if not self.is_sharded or self.exchange is not None:
+            return self.start_scatter_sum(value)()
+        assert self.parts == 1
+        mine = value.new_empty((value.shape[0] // self.num_shards, *value.shape[1:]))
+        dist.reduce_scatter_tensor(mine, value.contiguous(), group=self.group)
+        return mine
 
     def start_scatter_sum(self, value: Tensor) -> Callable[[], Tensor]:
         """Start `scatter_sum`; the returned function waits for the rows. `value` must stay as it is until

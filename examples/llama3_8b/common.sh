@@ -98,17 +98,19 @@ LAUNCHER=(
     --master-addr "$MASTER_ADDR"
     --master-port "$MASTER_PORT"
 )
+CONNECTIONS=1 # one queue of launches keeps overlapping messages in order under tensor parallelism
 for option in "$@"; do
     if [ "$option" = --print-config ]; then
         # One process that only reads; it is told how many ranks there would be.
         LAUNCHER=(env "WORLD_SIZE=$((NNODES * NPROC_PER_NODE))" "$PYTHON")
     fi
+    # Its copies into other GPUs' memory would wait for products in that queue, and keep their order by themselves.
+    if [ "$option" = --tp-comm-overlap ]; then CONNECTIONS=8; fi
 done
 
 COMMAND=("${LAUNCHER[@]}" "$ROOT/pretrain_llama.py" "${OPTIONS[@]}" "${RECIPE_OPTIONS[@]}" "$@")
 printf '%q ' "${COMMAND[@]}" >&2
 printf '\n' >&2
-# One kernel launch queue keeps overlapping communication in order under tensor parallelism.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-$CONNECTIONS}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "${COMMAND[@]}"

@@ -46,9 +46,8 @@ class OverlappedColumnParallelLinear(ColumnParallelLinear):
     def _forward_impl(self, **call: Any) -> Tensor:  # type: ignore[override]
         if self.exchange is None or not call["sequence_parallel"]:
             return super()._forward_impl(**call)
-        x, weight, bias = call["input"], call["weight"], call["bias"]
-        y = _ColumnProduct.apply(_rows(x), weight, self.exchange, call["gradient_accumulation_fusion"])
-        y = y.view(-1, *x.shape[1:-1], y.shape[1])
+        x, bias, fused = call["input"], call["bias"], call["gradient_accumulation_fusion"]
+        y = _ColumnProduct.apply(x, call["weight"], self.exchange, fused)
         return y if bias is None else y + bias
 
 
@@ -75,14 +74,17 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """y = x w^T of all tokens, [T m, N], for x of the own ones, [m, K]."""
+    """y = x w^T of all tokens, [T s, b, N], for x of the own ones, [s, b, K].
+
+    y is no view: the loss may overwrite logits in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, fused: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.exchange, ctx.fused = weight, exchange, fused
-        y = x.new_empty(exchange.size * x.shape[0], weight.shape[0])
-        gathered_product(exchange, x, y, _times(weight.t()), whole=False)
+        y = x.new_empty(exchange.size * x.shape[0], *x.shape[1:-1], weight.shape[0])
+        gathered_product(exchange, _rows(x), _rows(y), _times(weight.t()), whole=False)
         return y
 
     @staticmethod
@@ -91,7 +93,8 @@ class _ColumnProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         exchange: Exchange = ctx.exchange
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dx = dw = None
+        dx, dw, shape = None, None, x.shape
+        x, g = _rows(x), _rows(g)
         gathering = exchange.gather(x) if needs_dw else None
         pieces = (g @ weight).chunk(exchange.size) if needs_dx else ()
         every = None if gathering is None else gathering.wait()
@@ -102,7 +105,7 @@ class _ColumnProduct(torch.autograd.Function):
         if every is not None:
             dw = _weight_gradient(ctx.weight, g, every, ctx.fused)
         if needs_dx:
-            dx = scattering.finish(pieces[exchange.rank])
+            dx = scattering.finish(pieces[exchange.rank]).view(shape)
         return dx, dw, None, None
 
 

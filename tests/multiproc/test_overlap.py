@@ -227,7 +227,12 @@ def _linears(rank: int, world_size: int, kind: str, folder: str) -> dict[str, li
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     model_parallel_cuda_manual_seed(1)
-    patch_weight_gradients(lambda x, g, main_grad: main_grad.add_(g.t() @ x))
+
+    def accumulate(x: torch.Tensor, g: torch.Tensor, main_grad: torch.Tensor) -> None:
+        assert x.is_contiguous() and g.is_contiguous()  # as Apex reads them
+        main_grad.add_(g.t() @ x)
+
+    patch_weight_gradients(accumulate)
     exchange = _exchange_of(kind, parallel_state.get_tensor_model_parallel_group(), folder)
     found = {}
     for fused in (False, True):
@@ -266,13 +271,21 @@ def _pass(linear: Any, kind: str, rank: int, world_size: int, fused: bool) -> li
     tokens = SEQUENCE // world_size if is_column else SEQUENCE
     x = whole_numbers(tokens, BATCH, HIDDEN if is_column else FFN // world_size).requires_grad_()
     y, _ = linear(x)
-    y.backward(whole_numbers(*y.shape))
+    y.backward(whole_numbers(*reversed(y.shape)).permute(2, 1, 0))  # a gradient that is not contiguous
     if fused:
         assert linear.weight.grad_added_to_main_grad
     dw = linear.weight.main_grad if fused else linear.weight.grad
     with torch.no_grad():
         assert torch.equal(linear(x)[0], y)
+    assert kind != "column" or not _column_output(linear, x)._is_view()  # the loss overwrites logits
     return [y.detach(), x.grad, dw, linear.bias.grad]
+
+
+def _column_output(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    bias, linear.bias = linear.bias, None
+    y = linear(x)[0]
+    linear.bias = bias
+    return y
 
 
 @pytest.mark.parametrize(("world_size", "kind"), [(2, "messages"), (4, "messages"), (4, "peers")])

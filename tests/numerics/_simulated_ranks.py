@@ -85,8 +85,11 @@ def use_simulated_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda: mine
 
     monkeypatch.setattr(Axis, "gather", gather)
+    monkeypatch.setattr(Axis, "gather_stacked", lambda axis, value: start_gather_stacked(axis, value)())
     monkeypatch.setattr(Axis, "start_gather_stacked", start_gather_stacked)
+    monkeypatch.setattr(Axis, "scatter_sum", lambda axis, value: start_scatter_sum(axis, value)())
     monkeypatch.setattr(Axis, "start_scatter_sum", start_scatter_sum)
+    monkeypatch.setattr(Axis, "sum", total)
     monkeypatch.setattr(Axis, "start_sum", start_sum)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -977,6 +979,52 @@ def test_under_sequence_parallelism_a_rank_works_on_its_own_tokens_only(
             if operand_of(name) == operand:
                 features = IN_FEATURES if operand == "input" else OUT_FEATURES
                 assert read.numel() == TOKENS // 2 * features, name
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_messages_travel_beside_dgrad_and_are_gone_at_wgrad(
+    kind: str, seen: Recorder, ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wgrad's codes and sums leave before dgrad's product, and wgrad's product finds its operands only."""
+    events: dict[int, list[str]] = {}
+    alive: dict[int, list[weakref.ref[Tensor]]] = {}
+    start_gather, start_sum, product = (
+        Axis.start_gather_stacked,
+        Axis.start_sum,
+        fused_products.scaled_product,
+    )
+
+    def note(event: str, sent: Tensor | None = None) -> None:
+        rank = threading.get_ident()
+        events.setdefault(rank, []).append(event)
+        if sent is not None:
+            alive.setdefault(rank, []).append(weakref.ref(sent))
+
+    def gathering(axis: Axis, value: Tensor) -> Callable[[], Tensor]:
+        arrive = start_gather(axis, value)
+        note("codes", arrive())
+        return arrive
+
+    def summing(axis: Axis, value: Tensor) -> Callable[[], Tensor]:
+        note("sum", value)
+        return start_sum(axis, value)
+
+    def multiplied(left: Tensor, right: Tensor, out: Tensor, *more: Any) -> Tensor:
+        if len(more) == 2:  # alpha, and whether to accumulate
+            note("wgrad")
+            gc.collect()
+            assert not [sent for sent in alive[threading.get_ident()] if sent() is not None]
+        elif out.shape[0] == TOKENS:
+            note("fprop or dgrad")
+        return product(left, right, out, *more)
+
+    monkeypatch.setattr(Axis, "start_gather_stacked", gathering)
+    monkeypatch.setattr(Axis, "start_sum", summing)
+    monkeypatch.setattr(fused_products, "scaled_product", multiplied)
+    parallel_pass(RECIPES["metis"], kind, 2, True)
+    fprop = {"column": ["codes", "fprop or dgrad"], "row": ["fprop or dgrad"]}[kind]
+    backward = {"column": ["codes", "sum"], "row": ["codes", "codes", "sum"]}[kind]
+    assert list(events.values()) == 2 * [[*fprop, *backward, "fprop or dgrad", "wgrad"]]
 
 
 def test_amaxes_travel_once(seen: Recorder, ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:

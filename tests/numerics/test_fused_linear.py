@@ -46,6 +46,7 @@ MINIMAL_CASES = {
     "test_an_observer_sees_the_same_operands": 4,
     "test_layouts_change_no_bit_of_p_r_and_codes": 15,
     "test_under_sequence_parallelism_a_rank_works_on_its_own_tokens_only": 2,
+    "test_messages_travel_beside_dgrad_and_are_gone_at_wgrad": 2,
     "test_amaxes_travel_once": 1,
 }
 """Cases that must pass per test: fewer means that a test lost inputs."""
