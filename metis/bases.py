@@ -126,6 +126,10 @@ class OperandBasis(nn.Module):
         self._active: tuple[Tensor, ...] | None = None  # state.v, then the places
         self._in_use_soon: tuple[Tensor, Tensor] | None = None  # state.v, and what to copy to its place
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is neither parameter, buffer nor module: it takes modules long to find that out."""
+        object.__setattr__(self, name, value)
+
     def _local(self, whole: algebra.BasisState) -> algebra.BasisState:
         v, z = (self.features.local_rows(value) for value in (whole.v, whole.z))
         return algebra.at_rest(replace(whole, v=v, z=z))
@@ -286,8 +290,7 @@ class OperandBasis(nn.Module):
     def take_pending(self) -> Pending | None:
         """Return what this step has for the next basis, and forget it."""
         pending = self._pending
-        if pending is not None:  # in most steps there is nothing, and modules set attributes slowly
-            self._pending = None
+        self._pending = None
         return pending
 
     def take_in(self, found: Sketch | None, num_rows: int, made: Made | None, step: int) -> None:

@@ -32,7 +32,8 @@ def resolve_exchange(args: Namespace, use_transformer_engine: bool) -> Exchange 
         return None
     if use_transformer_engine:
         raise ConfigError(
-            "--tp-comm-overlap", "needs --transformer-impl local, received auto with the engine"
+            "--tp-comm-overlap",
+            "needs --transformer-impl local, received auto, which has chosen Transformer Engine; add it",
         )
     group = parallel_state.get_tensor_model_parallel_group()
     exchange: Exchange | None = None
