@@ -39,12 +39,22 @@ _GRANULE = 2**21
 """Bytes at whose multiples memory that GPUs share is allocated."""
 
 
-class Gathering(Protocol):
-    """Rows of all ranks, on their way."""
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """Rows of all ranks, on their way.
+
+    rows: what is sent, which must not go before it has been read. result: where all of them lie once `arrive`
+    has been called.
+    """
+
+    rows: Tensor
+    result: Tensor
+    arrive: Callable[[], object]
 
     def wait(self) -> Tensor:
         """Return them, [T m, ...], in rank order; to be used up before the next gathering begins."""
-        ...
+        self.arrive()
+        return self.result
 
 
 class Scattering(Protocol):
@@ -144,6 +154,17 @@ def scattered_product(exchange: Exchange, out: Tensor, multiply: Callable[[slice
     return scattering.finish(pieces[rank])
 
 
+def start_scatter(exchange: Exchange, sums: Tensor) -> Callable[[], Tensor]:
+    """Send every other rank its rows of `sums` [T m, ...], contiguous; the returned function waits for this
+    rank's rows [m, ...] of the total. `sums` must stay as they are until then.
+    """
+    pieces = sums.chunk(exchange.size)
+    scattering = exchange.scatter(pieces[0].shape, sums.dtype)
+    for rank in others_of(exchange):
+        scattering.send(rank, pieces[rank])
+    return lambda: scattering.finish(pieces[exchange.rank])
+
+
 @dataclass(slots=True)
 class MessageExchange:
     """Sends by a process group's asynchronous messages."""
@@ -162,7 +183,7 @@ class MessageExchange:
         """Start to send `rows`; see `Exchange`."""
         result = rows.new_empty(self.size * rows.numel())  # flat: the one shape that all backends take
         work = dist.all_gather_into_tensor(result, rows.view(-1), group=self.group, async_op=True)
-        return _MessageGathering(rows, result.view(-1, *rows.shape[1:]), work)
+        return Gathering(rows, result.view(-1, *rows.shape[1:]), work.wait)
 
     def own_place(self, num_bytes: int, device: torch.device) -> Tensor:
         """Return memory for a message; see `Exchange`."""
@@ -171,17 +192,6 @@ class MessageExchange:
     def scatter(self, shape: Sequence[int], dtype: torch.dtype) -> Scattering:
         """Return a scattering; see `Exchange`."""
         return _MessageScattering(self, tuple(shape), dtype)
-
-
-@dataclass(slots=True)
-class _MessageGathering:
-    rows: Tensor
-    result: Tensor
-    work: Any
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return self.result
 
 
 @dataclass(slots=True)
@@ -249,7 +259,11 @@ class PeerExchange:
                 own.copy_(data)
             done = self._stream.record_event()
         result = inbox.memory[self.rank][: self.size * rows.nbytes].view(rows.dtype)
-        return _PeerGathering(rows, result.view(-1, *rows.shape[1:]), done)
+        return Gathering(
+            rows,
+            result.view(-1, *rows.shape[1:]),
+            lambda: torch.cuda.current_stream().wait_event(done),
+        )
 
     def own_place(self, num_bytes: int, device: torch.device) -> Tensor:
         """Return memory for a message; see `Exchange`."""
@@ -306,17 +320,6 @@ class _Inbox:
         handle = symmetric_memory.rendezvous(own, group.group_name)
         ranks = range(dist.get_world_size(group))
         return cls(num_bytes, [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in ranks], handle)
-
-
-@dataclass(slots=True)
-class _PeerGathering:
-    rows: Tensor
-    result: Tensor
-    done: Any
-
-    def wait(self) -> Tensor:
-        torch.cuda.current_stream().wait_event(self.done)
-        return self.result
 
 
 @dataclass(slots=True)

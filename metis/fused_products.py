@@ -274,9 +274,8 @@ def backward(
         scaled_product(left, right.t(), dx, alpha)
         # As large as everything that backward keeps of this linear: gone before wgrad's are made.
         gradient.left = gradient.right = left = right = None  # type: ignore[assignment]
-        if plan.gathered_operand == "input":
-            assert plan.gather is not None
-            finish = plan.gather.start_scatter_sum(dx)
+        if (others := shards_of(plan, "input")) is not None:
+            finish = others.start_scatter_sum(dx)
     if needs[1]:
         dw = _weight_gradient(g, gradient, copies, w, x, plan)
     return dx if finish is None else finish(), dw
@@ -288,12 +287,13 @@ def _sum_of_tokens(left: Tensor, right: Tensor, alpha: Tensor | None, plan: Line
     With an exchange the rows of others are multiplied first, and leave while the own are.
     """
     y = torch.empty(left.shape[0], right.shape[0], dtype=right.dtype, device=right.device)
-    scatters = plan.gathered_operand == "grad_output"
-    exchange = plan.gather.exchange if scatters and plan.gather is not None else None
-    if exchange is None:
-        scaled_product(left, right, y, alpha)
-        return plan.gather.scatter_sum(y) if scatters and plan.gather is not None else y
-    return scattered_product(exchange, y, lambda rows, out: scaled_product(left[rows], right, out, alpha))
+    shards = shards_of(plan, "grad_output")
+    if shards is not None and shards.exchange is not None:
+        return scattered_product(
+            shards.exchange, y, lambda rows, out: scaled_product(left[rows], right, out, alpha)
+        )
+    scaled_product(left, right, y, alpha)
+    return y if shards is None else shards.scatter_sum(y)
 
 
 def _weight_gradient(

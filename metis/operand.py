@@ -27,7 +27,7 @@ from torch import Tensor
 from metis.config import QuantizerConfig, RhtConfig, SplitConfig
 from metis.decompose.projector import chunk_partials, head_and_residual, num_chunks_for, tree_sum
 from metis.errors import ConfigError
-from metis.exchange import Exchange, others_of
+from metis.exchange import Exchange, start_scatter
 from metis.fused import FusedTensor, KernelChoice, can_fuse, fused_amax, fused_quantize, sign_vector
 from metis.kernels import KernelNoise
 from metis.quantize import (
@@ -44,6 +44,16 @@ from metis.rng import WORD_BITS_FOR, NoisePosition, random_words, stream_key
 @lru_cache(maxsize=512)
 def _run_indices(runs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     return torch.cat([torch.arange(first, first + length, device=device) for first, length in runs])
+
+
+def _after(result: Tensor, work: Any) -> Callable[[], Tensor]:
+    """Return what waits for a message and returns its result."""
+
+    def finish() -> Tensor:
+        work.wait()
+        return result
+
+    return finish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,34 +116,26 @@ class Axis:
         return pieces
 
     def gather_stacked(self, value: Tensor) -> Tensor:
-        """Return `value` of every rank that holds a piece, in shard order: [num_shards, ...].
-
-        By an exchange it lies where the next message does: use it up before.
-        """
-        if not self.is_sharded or self.exchange is not None:
-            return self.start_gather_stacked(value)()
-        flat = value.reshape(-1)  # the one shape that all backends take
-        whole = flat.new_empty(self.num_shards * flat.numel())
-        dist.all_gather_into_tensor(whole, flat, group=self.group)
-        return whole.view(self.num_shards, *value.shape)
+        """Return `value` of every rank that holds a piece, in shard order: [num_shards, ...]."""
+        return self._gathered(value, async_op=False)[0] if self.is_sharded else value[None]
 
     def start_gather_stacked(self, value: Tensor) -> Callable[[], Tensor]:
-        """Start `gather_stacked`; the returned function waits for it."""
+        """Start `gather_stacked`, by the exchange where there is one; the returned function waits for it.
+
+        What an exchange brings lies where the next message does: use it up before.
+        """
         if not self.is_sharded:
             return lambda: value[None]
-        shape = self.num_shards, *value.shape
-        if self.exchange is not None:
-            gathering = self.exchange.gather(value.reshape(-1))
-            return lambda: gathering.wait().view(shape)
-        flat = value.reshape(-1)
+        if self.exchange is None:
+            return _after(*self._gathered(value, async_op=True))
+        gathering = self.exchange.gather(value.reshape(-1))
+        return lambda: gathering.wait().view(self.num_shards, *value.shape)
+
+    def _gathered(self, value: Tensor, async_op: bool) -> tuple[Tensor, Any]:
+        flat = value.reshape(-1)  # the one shape that all backends take
         whole = flat.new_empty(self.num_shards * flat.numel())
-        work = dist.all_gather_into_tensor(whole, flat, group=self.group, async_op=True)
-
-        def finish() -> Tensor:
-            work.wait()
-            return whole.view(shape)
-
-        return finish
+        work = dist.all_gather_into_tensor(whole, flat, group=self.group, async_op=async_op)
+        return whole.view(self.num_shards, *value.shape), work
 
     def message(self, num_bytes: int, device: torch.device) -> Tensor:
         """Return memory, uint8 [num_bytes], for what `start_gather_stacked` is to send next."""
@@ -166,45 +168,29 @@ class Axis:
         """Start `sum`; the returned function waits for it."""
         if not self.is_sharded:
             return lambda: value
-        work = dist.all_reduce(value, group=self.group, async_op=True)
-
-        def finish() -> Tensor:
-            work.wait()
-            return value
-
-        return finish
+        return _after(value, dist.all_reduce(value, group=self.group, async_op=True))
 
     def scatter_sum(self, value: Tensor) -> Tensor:
         """Return this rank's [local_size, ...] rows of the sum of every rank's [size, ...]; one part only."""
-        if not self.is_sharded or self.exchange is not None:
-            return self.start_scatter_sum(value)()
         assert self.parts == 1
-        mine = value.new_empty((value.shape[0] // self.num_shards, *value.shape[1:]))
-        dist.reduce_scatter_tensor(mine, value.contiguous(), group=self.group)
-        return mine
+        if self.is_sharded and self.exchange is None:
+            return self._scattered(value, async_op=False)[0]
+        return self.start_scatter_sum(value)()
 
     def start_scatter_sum(self, value: Tensor) -> Callable[[], Tensor]:
-        """Start `scatter_sum`; the returned function waits for the rows. `value` must stay as it is until
-        then.
+        """Start `scatter_sum`, by the exchange where there is one; the returned function waits for the rows.
+        `value` must stay as it is until then.
         """
         assert self.parts == 1
         if not self.is_sharded:
             return lambda: value
-        value, num_rows = value.contiguous(), value.shape[0] // self.num_shards
-        if self.exchange is not None:
-            rows = value.split(num_rows)
-            scattering = self.exchange.scatter(rows[0].shape, value.dtype)
-            for rank in others_of(self.exchange):
-                scattering.send(rank, rows[rank])
-            return lambda: scattering.finish(rows[self.shard])
-        mine = value.new_empty((num_rows, *value.shape[1:]))
-        work = dist.reduce_scatter_tensor(mine, value, group=self.group, async_op=True)
+        if self.exchange is None:
+            return _after(*self._scattered(value, async_op=True))
+        return start_scatter(self.exchange, value.contiguous())
 
-        def finish() -> Tensor:
-            work.wait()
-            return mine
-
-        return finish
+    def _scattered(self, value: Tensor, async_op: bool) -> tuple[Tensor, Any]:
+        mine = value.new_empty((value.shape[0] // self.num_shards, *value.shape[1:]))
+        return mine, dist.reduce_scatter_tensor(mine, value.contiguous(), group=self.group, async_op=async_op)
 
     def reduce_max(self, value: Tensor) -> Tensor:
         """Return the maximum over all pieces; NaN on any rank gives NaN (a library's MAX may drop it)."""

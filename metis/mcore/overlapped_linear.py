@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metis.exchange import Exchange, gathered_product, others_of, scattered_product
+from metis.exchange import Exchange, gathered_product, scattered_product, start_scatter
 from metis.functional import as_placeholder
 
 
@@ -93,19 +93,17 @@ class _ColumnProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         exchange: Exchange = ctx.exchange
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dx, dw, shape = None, None, x.shape
+        dx, dw, finish, shape = None, None, None, x.shape
         x, g = _rows(x), _rows(g)
         gathering = exchange.gather(x) if needs_dw else None
-        pieces = (g @ weight).chunk(exchange.size) if needs_dx else ()
+        sums = g @ weight if needs_dx else None
         every = None if gathering is None else gathering.wait()
-        if needs_dx:
-            scattering = exchange.scatter(x.shape, x.dtype)
-            for rank in others_of(exchange):
-                scattering.send(rank, pieces[rank])
+        if sums is not None:
+            finish = start_scatter(exchange, sums)
         if every is not None:
             dw = _weight_gradient(ctx.weight, g, every, ctx.fused)
-        if needs_dx:
-            dx = scattering.finish(pieces[exchange.rank]).view(shape)
+        if finish is not None:
+            dx = finish().view(shape)
         return dx, dw, None, None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from argparse import Namespace
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron.core import parallel_state
 from metis.errors import ConfigError
 from metis.exchange import Exchange, MessageExchange, PeerExchange
 from metis.training.outputs import print_rank_0
+from metis.training.validation_checks import warn
 
 
 def resolve_exchange(args: Namespace, use_transformer_engine: bool) -> Exchange | None:
@@ -45,10 +45,7 @@ def resolve_exchange(args: Namespace, use_transformer_engine: bool) -> Exchange 
         return MessageExchange(group)
     print_rank_0(" > tensor-parallel messages: overlapped, by copies into the other GPUs' memory")
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        warnings.warn(
-            "--tp-comm-overlap: with CUDA_DEVICE_MAX_CONNECTIONS=1 copies wait for products; unset it",
-            stacklevel=2,
-        )
+        warn(args, "--tp-comm-overlap: with CUDA_DEVICE_MAX_CONNECTIONS=1 copies wait for products; unset it")
     return exchange
 
 

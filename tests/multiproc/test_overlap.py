@@ -9,8 +9,10 @@ between GPUs: `tests/gpu/check_gpu.py two --parts tp2-overlap`.
 from __future__ import annotations
 
 import copy
+import io
+import os
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -387,8 +389,10 @@ def test_transformer_engines_linears_are_refused() -> None:
     assert "needs --transformer-impl local" in run_ranks(_refusal, 1)[0]
 
 
-def _choice(rank: int, world_size: int) -> tuple[str, str]:
-    """Return what a group on two hosts, and one whose GPUs do not share memory, get, and what is printed."""
+def _choice(rank: int, world_size: int) -> list[str]:
+    """Return what is printed for a group on two hosts, one whose GPUs do not share memory, and one whose do;
+    the last is what a launcher that sets one queue of launches is told.
+    """
     from megatron.core import parallel_state
 
     from metis.training import overlap
@@ -397,8 +401,9 @@ def _choice(rank: int, world_size: int) -> tuple[str, str]:
     printed: list[str] = []
     overlap.print_rank_0 = printed.append
     args = Namespace(
-        tp_comm_overlap=True, device="cuda", distributed_timeout_minutes=1, distributed_backend="nccl"
-    )
+        tp_comm_overlap=True, device="cuda", distributed_timeout_minutes=1, distributed_backend="nccl",
+        rank=rank,
+    )  # fmt: skip
     overlap.socket.gethostname = lambda: f"host{rank}"
     exchange = overlap.resolve_exchange(args, False)
     assert isinstance(exchange, MessageExchange)
@@ -412,10 +417,16 @@ def _choice(rank: int, world_size: int) -> tuple[str, str]:
     overlap.PeerExchange = refuse
     torch.cuda.synchronize = lambda: None
     assert isinstance(overlap.resolve_exchange(args, False), MessageExchange)
-    return printed[0], printed[1]
+    overlap.PeerExchange = lambda group, timeout_seconds: f"exchange within {timeout_seconds:.0f} s"
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    with redirect_stderr(io.StringIO()) as told:
+        assert overlap.resolve_exchange(args, False) == "exchange within 60 s"
+    return [*printed, told.getvalue()]
 
 
 def test_ranks_that_cannot_share_memory_send_messages_and_say_why() -> None:
-    (first, second), _ = run_ranks(_choice, 2)
+    (first, second, third, told), (*_, untold) = run_ranks(_choice, 2)
     assert "by nccl (its ranks are on 2 hosts)" in first
     assert "by nccl (no peer memory: no access between devices)" in second
+    assert "by copies into the other GPUs' memory" in third
+    assert "WARNING: --tp-comm-overlap: with CUDA_DEVICE_MAX_CONNECTIONS=1" in told and not untold
