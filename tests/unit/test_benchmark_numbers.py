@@ -327,3 +327,12 @@ def test_ratios_are_to_our_own_bf16_over_a_refresh_interval():
     assert {row[key] for key in ("ms", "amortised_ms", "refresh_percent", "tflops", "to_bf16")} == {None}
     assert rows[0]["tflops"] == 2.0 and rows[0]["of_ceiling"] == 0.25 and rows[2]["refresh_percent"] == 50.0
     json.dumps(rows)
+
+
+def test_overlapped_messages_get_more_than_one_queue_of_launches_unless_the_caller_says(monkeypatch):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.delenv(name, raising=False)
+    assert step_runs.environment(["--sequence-parallel"])[name] == "1"
+    assert step_runs.environment(["--sequence-parallel", "--tp-comm-overlap"])[name] == "8"
+    monkeypatch.setenv(name, "4")
+    assert step_runs.environment(["--tp-comm-overlap"])[name] == "4"
